@@ -1,0 +1,67 @@
+# `make` lists the targets. Everything happens in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+DEMO   ?= demo
+TARGET := $(shell case `uname -m` in x86_64) echo x86;; aarch64|arm64) echo arm;; *) echo portable;; esac)
+
+.PHONY: help demo test test-slow check format base-size bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.convert ## compress, export, profile and ask a real language model
+	$(BIN)/edgekit compress smollm2-135m -o $(DEMO)/small -r int4 --force
+	$(BIN)/edgekit export $(DEMO)/small -o $(DEMO)/small.$(TARGET) --target $(TARGET) --force
+	$(BIN)/edgekit profile $(DEMO)/small.$(TARGET) -o $(DEMO)/profile.json
+	$(BIN)/edgekit run $(DEMO)/small.$(TARGET) "What is the capital of France?"
+
+test: $(VENV)/.dev ## the tests that need no model and no torch: under three minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.full ## the real model, against torch and transformers, and long runs
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev ## format, lint, types, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_docs.py
+
+format: $(VENV)/.dev ## let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+base-size: $(VENV)/.convert ## fail when the base install downloads 60 MB or more
+	@rm -rf build/base && mkdir -p build/base
+	@$(PIP) download --quiet --dest build/base --constraint constraints.txt .
+	@bytes=`du --bytes --summarize build/base | cut -f1`; echo "base install: $$bytes bytes"; test $$bytes -lt 60000000
+
+bench: $(VENV)/.bench ## measure us and the peers in one run
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/quant.py
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
+
+# One stamp an extra, so that nothing is installed twice.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+
+$(VENV)/.convert: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[convert]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.convert
+
+$(VENV)/.full: $(VENV)/.dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,compress]' accelerate
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.full
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@

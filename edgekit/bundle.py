@@ -1,0 +1,97 @@
+"""The bundle: a folder that runs with the light install.
+
+model.onnx + model.onnx.data    the graph and its weights, which are memory-mapped
+runtime.json                    what the runtime must know of the model: `DecoderSpec`
+tokenizer.json, chat_template.jinja, ...
+report.json                     what was measured at export
+recipe.toml                     how it was compressed
+edgekit.json                    the manifest, with a digest for every file
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit.errors import ModelError, UserError
+from edgekit.folder import inside
+from edgekit.manifest import Manifest
+from edgekit.schema import parse
+
+SPEC = "runtime.json"
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The cache of one layer: keys and values of `kv_heads` heads of `head_dim` channels each."""
+
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What the runtime must know of a decoder graph beyond the graph itself.
+
+    `resident_bytes` is what the weights take in memory once onnxruntime has packed its own copy of them,
+    `activation_bytes` what one token's activations take.
+    """
+
+    architecture: str
+    target: str
+    vocabulary: int
+    context_length: int
+    layers: tuple[LayerCache, ...]
+    eos_ids: tuple[int, ...]
+    resident_bytes: int
+    activation_bytes: int
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = [self.vocabulary, self.context_length, *(n for c in self.layers for n in (c.kv_heads, c.head_dim))]
+        if min(sizes) <= 0 or max(sizes) > 1 << 24:
+            raise ModelError(f"sizes must be positive and below {1 << 24}: got {sizes[:4]}...")
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that keys and values of `tokens` tokens take, in float32."""
+        return sum(2 * 4 * layer.kv_heads * layer.head_dim for layer in self.layers) * tokens
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: every file is there and has its digest."""
+
+    path: Path
+    manifest: Manifest
+    spec: DecoderSpec
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Open and verify a bundle. Raises UserError when there is none at `path`, ModelError when it is not whole."""
+        if not path.is_dir():
+            raise UserError(f"a bundle must be a folder: {path} is none; make one with edgekit export")
+        manifest = Manifest.load(path)
+        if manifest.kind != "bundle":
+            raise UserError(
+                f"{path} is a {manifest.kind}, which does not run yet; make a bundle with edgekit export {path}"
+            )
+        try:
+            data = json.loads((path / SPEC).read_text())
+        except (OSError, ValueError, RecursionError) as problem:
+            raise ModelError(f"{path / SPEC} must be readable JSON: {problem}") from problem
+        return cls(path, manifest, parse(DecoderSpec, data, where=str(path / SPEC), error=ModelError))
+
+    def file(self, name: str) -> Path:
+        """A file that the manifest lists. Raises ModelError when it does not: nothing unlisted is ever read."""
+        if name not in self.manifest.files:
+            raise ModelError(f"the bundle {self.path} must hold {name}; export it again")
+        return inside(self.path, name)
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest.files

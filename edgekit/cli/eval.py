@@ -1,0 +1,85 @@
+"""`edgekit eval`: perplexity of a text, accuracy on multiple choice."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import click
+
+from edgekit.cli.terminal import json_option, output, progress
+from edgekit.errors import UserError
+
+
+@click.command("eval")
+@click.argument("target")
+@click.option("--text", type=click.Path(path_type=Path), help="A text file (.txt or .txt.gz): perplexity.")
+@click.option("--choices", multiple=True, type=click.Path(path_type=Path), help="A .jsonl file of questions: accuracy.")
+@click.option("--window", default=1024, show_default=True, help="Tokens of a perplexity window.")
+@click.option("--windows", type=int, help="Use only the first N windows.")
+@click.option("--limit", type=int, help="Use only the first N questions of each file.")
+@click.option("--threads", type=int, help="Default: the cores that this machine has for it.")
+@click.option("-o", "--output", "saved", type=click.Path(path_type=Path), help="Save the report.")
+@json_option
+def evaluate(
+    target: str,
+    text: Path | None,
+    choices: tuple[Path, ...],
+    window: int,
+    windows: int | None,
+    limit: int | None,
+    threads: int | None,
+    saved: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate TARGET, a bundle or any model source.
+
+    \b
+    edgekit eval small.x86 --text book.txt --choices questions.jsonl
+    """
+    from edgekit.evaluate.choices import accuracy, load_items
+    from edgekit.evaluate.perplexity import perplexity
+    from edgekit.evaluate.scorer import open_scorer
+    from edgekit.manifest import now, versions
+    from edgekit.report import Measurement, Report, print_report
+
+    if text is None and not choices:
+        raise UserError("eval needs something to evaluate on: pass --text FILE or --choices FILE")
+    content = _read(text) if text else ""
+    files = {path: load_items(path, limit=limit) for path in choices}
+    rows = []
+    with open_scorer(target, threads=threads) as scorer:
+        if text:
+            with progress(f"perplexity of {text.name}", quiet=as_json) as advance:
+                found = perplexity(scorer, content, window=window, max_windows=windows, on_window=advance)
+            note = f"{found.windows} windows of {window}, second halves"
+            spread = found.spread if found.windows > 1 else None
+            rows.append(
+                Measurement(f"perplexity, {text.name}", found.value, "", n=found.tokens, spread=spread, note=note)
+            )
+            rows.append(Measurement(f"bits per byte, {text.name}", found.bits_per_byte, "bit", n=found.tokens))
+        for path, items in files.items():
+            with progress(path.name, quiet=as_json) as advance:
+                share = accuracy(scorer, items, on_item=advance)
+            rows.append(Measurement(f"accuracy, {path.name}", share.accuracy, "%", n=share.n, spread=share.spread))
+            rows.append(
+                Measurement(
+                    f"accuracy by bytes, {path.name}", share.accuracy_norm, "%", n=share.n, spread=share.spread_norm
+                )
+            )
+        name = scorer.name
+    report = Report("eval", tuple(rows), versions=versions("numpy", "onnxruntime"), subject=name, created=now())
+    if saved:
+        report.save(saved)
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        print_report(report, output())
+
+
+def _read(path: Path) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode()
+    except (OSError, EOFError, ValueError) as problem:
+        raise UserError(f"--text must be a readable UTF-8 file: {path} ({problem})") from problem

@@ -1,0 +1,95 @@
+"""`edgekit run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgekit.cli.terminal import json_option, print_json
+
+if TYPE_CHECKING:
+    from edgekit.runtime.sampling import Sampling
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def sampling_options(command: F) -> F:
+    """The options that decide how tokens are chosen, the same for run and chat."""
+    for option in reversed(
+        [
+            click.option("--max-tokens", default=512, show_default=True, help="Longest answer, in tokens."),
+            click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token."),
+            click.option("--top-k", default=0, show_default=True, help="Choose among the k most likely; 0: all."),
+            click.option("--top-p", default=1.0, show_default=True, help="Choose within this share of probability."),
+            click.option(
+                "--min-p", default=0.0, show_default=True, help="Leave out what is rarer than this x the best."
+            ),
+            click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 avoids repetition."),
+            click.option("--seed", type=int, help="Makes sampling repeatable."),
+            click.option("--stop", multiple=True, help="End the answer at this text; may be given several times."),
+            click.option("--context", type=int, help="Tokens of context to make room for; default: the bundle's."),
+            click.option("--threads", type=int, help="Default: the cores that this machine has for it."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def make_sampling(options: dict[str, Any]) -> Sampling:
+    """Take the sampling options out of a command's options."""
+    from edgekit.runtime.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return Sampling(**{name: options[name] for name in names})
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--system", help="Instructions that come before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
+@sampling_options
+@json_option
+def run(bundle: Path, prompt: str, system: str | None, raw: bool, as_json: bool, **options: Any) -> None:
+    """Answer PROMPT with BUNDLE. `-` reads the prompt from standard input.
+
+    \b
+    edgekit run small.x86 "What is the capital of France?"
+    """
+    from edgekit.runtime.session import Session
+    from edgekit.runtime.template import Message
+
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    sampling = make_sampling(options)
+    session = Session.open(bundle, context=options["context"], threads=options["threads"])
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    if text:
+        messages.append({"role": "user", "content": text})
+    plain = raw or session.template is None or not text
+    answer = session.generate(
+        text if plain else messages, max_tokens=options["max_tokens"], sampling=sampling, stop=options["stop"]
+    )
+    if as_json:
+        whole = answer.text()
+        print_json(
+            {
+                "text": whole,
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "generated_tokens": len(answer.tokens),
+                "first_token_ms": answer.timing.first_token * 1e3,
+                "tokens_per_second": 1 / (sum(answer.timing.gaps) / len(answer.timing.gaps))
+                if answer.timing.gaps
+                else None,
+            }
+        )
+        return
+    for piece in answer:
+        click.echo(piece, nl=False)
+    click.echo()
+    if answer.finish_reason != "stop":
+        reason = "--max-tokens reached" if answer.finish_reason == "length" else "the context is full"
+        click.echo(f"[cut: {reason}]", err=True)

@@ -1,0 +1,92 @@
+"""Perplexity of a text, by llama.cpp's method.
+
+The text is cut into windows of `window` tokens that do not overlap. In each, the first half is context only, and the
+second half is scored:
+
+    perplexity = exp( - 1/N * sum log p(token | the window's tokens before it) )
+
+Source: tools/perplexity of llama.cpp. Where its tokenizer adds a beginning-of-text token it replaces each window's
+first token with it; so do we.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import UserError
+from edgekit.evaluate.scorer import Scorer, Sequencer
+from edgekit.weight import Floats
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`value` with the half-width of its 95% interval, over `tokens` scored tokens of `windows` windows.
+
+    `bits_per_byte` is comparable between tokenizers: bits over the UTF-8 bytes of the scored tokens.
+    """
+
+    value: float
+    spread: float
+    tokens: int
+    windows: int
+    bits_per_byte: float
+
+
+def perplexity(
+    scorer: Scorer,
+    text: str,
+    *,
+    window: int = 1024,
+    max_windows: int | None = None,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Perplexity of `text`; `on_window` is told (windows done, windows in all).
+
+    The spread treats each window's mean as one observation.
+    Raises UserError when the text is shorter than one window, or the window longer than the model's context.
+    """
+    if not 4 <= window <= scorer.model.context:
+        raise UserError(f"--window must be from 4 to the context of {scorer.model.context} tokens: got {window}")
+    ids = scorer.tokenizer.encode(text, add_special_tokens=False).ids
+    total = len(ids) // window if max_windows is None else min(len(ids) // window, max_windows)
+    if total < 1:
+        raise UserError(f"the text must fill one window of {window} tokens: it has {len(ids)}; pass a smaller --window")
+    first = scorer.tokenizer.encode("", add_special_tokens=True).ids[:1]
+    losses, size = [], 0
+    for index in range(total):
+        tokens = ids[index * window : (index + 1) * window]
+        tokens[: len(first)] = first
+        losses.append(window_losses(scorer.model, tokens))
+        size += len(scorer.tokenizer.decode(tokens[window // 2 + 1 :], skip_special_tokens=False).encode())
+        on_window(index + 1, total)
+    means = np.array([loss.mean() for loss in losses])
+    count = sum(map(len, losses))
+    mean = float(np.concatenate(losses).mean())
+    half = 1.96 * means.std(ddof=1) / math.sqrt(total) if total > 1 else float("nan")
+    return Perplexity(
+        value=math.exp(mean),
+        spread=math.exp(mean) * float(half),
+        tokens=count,
+        windows=total,
+        bits_per_byte=mean * count / math.log(2) / max(1, size),
+    )
+
+
+def window_losses(model: Sequencer, tokens: list[int]) -> NDArray[np.float64]:
+    """Negative log-likelihood of each scored token of one window, (window - 1 - window // 2,) in nats."""
+    half = len(tokens) // 2
+    model.rewind(0)
+    logits = model.forward(tokens[:-1], keep=len(tokens) - 1 - half)
+    return -log_likelihoods(logits, tokens[half + 1 :])
+
+
+def log_likelihoods(logits: Floats, targets: list[int]) -> NDArray[np.float64]:
+    """log p of each target under its row of logits (T, vocabulary), (T,) float64."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    chosen = shifted[np.arange(len(targets)), targets].astype(np.float64)
+    return chosen - np.log(np.exp(shifted).sum(-1, dtype=np.float64))

@@ -1,0 +1,58 @@
+"""One small protocol for everything that can be evaluated: token ids in, logits out."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+from edgekit.manifest import NAME
+from edgekit.runtime.session import Session
+from edgekit.weight import Floats
+
+
+class Sequencer(Protocol):
+    """Holds one token sequence and gives logits for what is appended: `edgekit.runtime.engine.Engine`, or a peer."""
+
+    tokens: list[int]
+    context: int
+
+    def forward(self, ids: Sequence[int], *, keep: int = 1) -> Floats:
+        """Append `ids`; the logits after the last `keep` of them, (keep, vocabulary)."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model under evaluation: `name` for the report, the model, and its tokenizer."""
+
+    name: str
+    model: Sequencer
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_scorer(spec: str, *, context: int | None = None, threads: int | None = None) -> Iterator[Scorer]:
+    """Open a bundle, or any model source: that one is run in float32 through a graph in a temporary folder."""
+    path = Path(spec)
+    if (path / NAME).is_file() and (path / "runtime.json").is_file():
+        session = Session.open(path, context=context, threads=threads)
+        yield Scorer(path.name, session.engine, session.tokenizer)
+        return
+    from edgekit.export.export import export
+    from edgekit.export.targets import find_target
+    from edgekit.model.sources import open_model
+
+    checkpoint = open_model(spec)
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        bundle = Path(folder) / "bundle"
+        export(checkpoint, bundle, target=find_target("portable"))
+        session = Session.open(bundle, context=context, threads=threads)
+        yield Scorer(checkpoint.source.name, session.engine, session.tokenizer)

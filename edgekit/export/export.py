@@ -1,0 +1,167 @@
+"""Export: a checkpoint becomes a bundle for a target, checked against the NumPy forward before it is published."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from edgekit.bundle import SPEC, DecoderSpec
+from edgekit.checkpoint import Checkpoint
+from edgekit.device import Device
+from edgekit.errors import ModelError, UserError
+from edgekit.export.decoder import build_decoder
+from edgekit.export.graph import MODEL, WEIGHTS
+from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
+from edgekit.export.targets import Target
+from edgekit.folder import new_folder
+from edgekit.manifest import Manifest, now, record_files, versions
+from edgekit.report import Measurement, Report
+from edgekit.runtime.engine import Engine
+
+PACKING = 1.2  # onnxruntime's packed copy of quantised weights holds block sums beside codes and scales (docs/log.md)
+LONGEST = 32768  # tokens of rotary tables, unless asked for more
+
+
+def export(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    target: Target,
+    device: Device | None = None,
+    context: int | None = None,
+    force: bool = False,
+    accept_drift: bool = False,
+    on_progress: Callable[[str], None] = lambda stage: None,
+) -> Manifest:
+    """Write a bundle to `output`; `on_progress` is told each stage.
+
+    Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
+    lets it pass and records the numbers); nothing is left at `output` then.
+    """
+    config = checkpoint.decoder
+    if "tokenizer.json" not in checkpoint.assets:
+        raise UserError(
+            f"a bundle needs tokenizer.json: {checkpoint.source.name} has none; save a fast tokenizer with it"
+        )
+    longest = min(config.context_length, LONGEST) if context is None else context
+    if not 0 < longest <= config.context_length:
+        raise UserError(f"--context must be from 1 to the model's {config.context_length}: got {context}")
+    with new_folder(output, force=force) as folder:
+        on_progress("building the graph")
+        layers = build_decoder(checkpoint, folder, context=longest, int8_activations=target.int8_activations)
+        spec = DecoderSpec(
+            architecture=config.architecture,
+            target=target.name,
+            vocabulary=config.vocabulary,
+            context_length=longest,
+            layers=tuple(layers),
+            eos_ids=_eos_ids(checkpoint),
+            resident_bytes=_resident_bytes(checkpoint),
+            activation_bytes=_activation_bytes(checkpoint),
+            threads=device.threads if device else None,
+        )
+        (folder / SPEC).write_text(spec.to_json())
+        for name, content in checkpoint.assets.items():
+            (folder / name).write_bytes(content)
+        on_progress("checking it against the NumPy forward")
+        measured = _check(checkpoint, folder, spec, int8=target.int8_activations, accept_drift=accept_drift)
+        on_progress("writing digests")
+        return _write_manifest(checkpoint, folder, spec, measured)
+
+
+def _check(
+    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, int8: bool, accept_drift: bool
+) -> tuple[Measurement, ...]:
+    tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= spec.vocabulary:
+        raise ModelError(f"token ids must be below the embedding's {spec.vocabulary} rows: the tokenizer has {highest}")
+    length = min(spec.context_length, 64)
+    sequences = [ids[:length] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
+    engine = Engine(folder / MODEL, spec, context=spec.context_length, threads=1)
+    bounds = BOUNDS["int8" if int8 and checkpoint.structure else "float32"]
+    if accept_drift:
+        bounds = Bounds(kl=float("inf"), agreement=0.0)
+    parity = check_parity(checkpoint, engine, sequences, bounds=bounds)
+    return (*parity, _sentence(engine, tokenizer, sequences[0]))
+
+
+def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measurement:
+    """Generate 16 tokens greedily: a person reading the report sees at once whether the model still speaks."""
+    ids = list(prompt[: max(1, engine.context - 16)])
+    count = len(ids)
+    logits = engine.forward(ids)
+    while len(ids) < min(count + 16, engine.context):
+        ids.append(int(logits[-1].argmax()))
+        logits = engine.forward(ids[-1:])
+    text = re.sub(r"\s+", " ", tokenizer.decode(ids[count:]))
+    distinct = len(set(ids[count:])) / max(1, len(ids) - count)
+    return Measurement("generation: distinct tokens", distinct * 100, "%", n=len(ids) - count, note=text.strip())
+
+
+def _write_manifest(
+    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, measured: tuple[Measurement, ...]
+) -> Manifest:
+    size = (folder / WEIGHTS).stat().st_size + (folder / MODEL).stat().st_size
+    measured = (Measurement("size of graph and weights", size / 1e6, "MB"), *measured)
+    found = versions("numpy", "onnx", "onnxruntime", "tokenizers")
+    report = Report(
+        title="export", subject=checkpoint.source.name, measurements=measured, machine={}, versions=found, created=now()
+    )
+    report.save(folder / "report.json")
+    before = checkpoint.manifest
+    manifest = Manifest(
+        kind="bundle",
+        source=checkpoint.source,
+        files=record_files(folder, [path.name for path in folder.iterdir()]),
+        recipe=before.recipe if before else "",
+        recipe_sha256=before.recipe_sha256 if before else "",
+        seed=before.seed if before else 0,
+        steps=before.steps if before else (),
+        measurements=(*(before.measurements if before else ()), *measured),
+        versions=found,
+        created=now(),
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """End tokens: generation_config.json decides where there is one, then config.json."""
+    raw = checkpoint.assets.get("generation_config.json")
+    ids = json.loads(raw).get("eos_token_id") if raw else None
+    if ids is None:
+        return checkpoint.decoder.eos_ids
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _resident_bytes(checkpoint: Checkpoint) -> int:
+    """See `DecoderSpec.resident_bytes`. A tied table is held twice: mapped for look-ups, packed for the head."""
+    total = 0.0
+    for matrices, vectors in checkpoint.blocks.values():
+        for module in matrices:
+            rows, columns = checkpoint.shape(module)
+            entry = checkpoint.structure.get(module)
+            if entry is None:
+                size = packed = 4.0 * rows * columns
+            else:
+                blocks = rows * -(-columns // entry.block)
+                size = blocks * (entry.block * entry.bits / 8 + 4 + entry.bits / 8)  # codes, scale, zero point
+                packed = size * PACKING
+            tied_table = module == "model.embed_tokens" and checkpoint.decoder.tied
+            total += packed + size if tied_table else packed
+        total += sum(4 * checkpoint.tensors.shape(name)[0] for name in vectors)
+    return int(total)
+
+
+def _activation_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of one token's activations in the widest layer: the residual stream, q, k, v and the MLP."""
+    widest = 0
+    for index in range(checkpoint.decoder.layers):
+        rows = [checkpoint.shape(f"model.layers.{index}.{m}")[0] for m in ("self_attn.q_proj", "mlp.gate_proj")]
+        widest = max(widest, 4 * (4 * checkpoint.decoder.hidden_size + 3 * rows[0] + 3 * rows[1]))
+    return widest

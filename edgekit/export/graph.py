@@ -1,0 +1,110 @@
+"""A small builder for ONNX graphs whose weights stream to a file beside the model.
+
+Each constant is written once, at a page boundary, so that a runtime can map it; two names may share one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
+OPSET = 21
+IR_VERSION = 10
+PAGE = 4096
+INLINE_BYTES = 1024  # smaller constants stay in the model file, where shape inference can see them
+
+
+class Graph:
+    """Nodes and constants of one model. Use as a context manager: the weights file is open inside the block."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._data = (folder / WEIGHTS).open("wb")
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._data.close()
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """Store `values` under `name` and return the name; a name that is there already is not stored again."""
+        if name in self._constants:
+            return name
+        values = np.ascontiguousarray(values)
+        kind = helper.np_dtype_to_tensor_dtype(values.dtype)
+        if values.nbytes <= INLINE_BYTES:
+            self._constants[name] = onnx.numpy_helper.from_array(values, name)
+            return name
+        self._data.write(b"\0" * (-self._data.tell() % PAGE))
+        offset = self._data.tell()
+        self._data.write(values.data)
+        self._constants[name] = _external(name, kind, values.shape, offset, values.nbytes)
+        return name
+
+    def same_bytes(self, name: str, other: str, shape: Sequence[int]) -> str:
+        """A constant whose bytes are those of `other` in another shape: stored once, read twice."""
+        source = self._constants[other]
+        where = {entry.key: entry.value for entry in source.external_data}
+        if where:
+            self._constants[name] = _external(name, source.data_type, shape, int(where["offset"]), int(where["length"]))
+        else:
+            self._constants[name] = helper.make_tensor(name, source.data_type, shape, source.raw_data, raw=True)
+        return name
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Add a node called `name`; returns its first output, called `name` unless `outputs` names them.
+
+        `attributes` are the operator's own. Trailing absent inputs are cut, inner ones stay as empty names.
+        """
+        kept = list(inputs)
+        while kept and not kept[-1]:
+            kept.pop()
+        names = list(outputs) or [name]
+        self._nodes.append(helper.make_node(op, kept, names, name=name, domain=domain, **attributes))
+        return names[0]
+
+    def contrib(
+        self, op: str, inputs: Sequence[str], name: str, *, outputs: Sequence[str] = (), **attributes: Any
+    ) -> str:
+        """A node of onnxruntime's own operators, domain com.microsoft."""
+        return self.node(op, inputs, name, outputs=outputs, domain="com.microsoft", **attributes)
+
+    def save(
+        self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], *, title: str
+    ) -> None:
+        """Write the model file and close the weights."""
+        self._data.close()
+        graph = helper.make_graph(self._nodes, title, inputs, outputs, initializer=list(self._constants.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgekit")
+        (self._folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _external(name: str, kind: int, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:
+    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

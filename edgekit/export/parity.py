@@ -1,0 +1,91 @@
+"""Does the exported graph compute what the checkpoint means?
+
+The graph and the NumPy forward read the same prompts; their next-token distributions p (NumPy) and q (graph) are
+compared at every position:
+
+    KL(p || q) = sum_v p_v (log p_v - log q_v),   top-1 agreement = share of positions with the same most likely token.
+
+Positions where NumPy's two best logits lie within 0.05 of each other do not count as disagreement: either answer is
+then as good. A float32 graph must agree to rounding; integer activations may drift, within `BOUNDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import ModelError
+from edgekit.model.reference import forward
+from edgekit.report import Measurement
+from edgekit.runtime.engine import Engine
+from edgekit.weight import Floats
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "Water boils at one hundred degrees Celsius because its vapour pressure then equals the pressure of the air.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
+    "In 1969, two astronauts walked on the Moon while a third one waited in orbit around it.",
+    "Dear Sir or Madam,\n\nI am writing to ask whether the room that you advertised last week is still",
+)
+TIE = 0.05
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The parity that an export must reach: mean KL in nats at most, top-1 agreement at least."""
+
+    kl: float
+    agreement: float
+
+
+BOUNDS = {"float32": Bounds(kl=1e-5, agreement=1.0), "int8": Bounds(kl=0.05, agreement=0.9)}
+
+
+def check_parity(
+    checkpoint: Checkpoint, engine: Engine, sequences: Sequence[Sequence[int]], *, bounds: Bounds
+) -> tuple[Measurement, ...]:
+    """Compare the graph with the NumPy forward over token sequences.
+
+    Raises ModelError with the number that broke its bound.
+    """
+    kls, agreed, drifts = [], [], []
+    for ids, expected in zip(sequences, forward(checkpoint, sequences), strict=True):
+        engine.rewind(0)
+        logits = engine.forward(ids, keep=len(ids))
+        kls.append(divergence(expected, logits))
+        agreed.append(agreement(expected, logits))
+        drifts.append(np.abs(expected - logits).max())
+    engine.rewind(0)
+    kl, share, drift = float(np.concatenate(kls).mean()), float(np.concatenate(agreed).mean()), float(max(drifts))
+    positions = sum(map(len, sequences))
+    if not kl <= bounds.kl or not share >= bounds.agreement:
+        raise ModelError(
+            f"the exported graph must agree with the checkpoint: mean KL {kl:.2g} (bound {bounds.kl:g}), top-1"
+            f" agreement {share:.1%} (bound {bounds.agreement:.0%}) over {positions} positions; nothing was written;"
+            " export with --target portable, or pass --accept-drift"
+        )
+    return (
+        Measurement("parity: mean KL to the NumPy forward", kl, "nat", n=positions),
+        Measurement("parity: top-1 agreement", share * 100, "%", n=positions),
+        Measurement("parity: largest logit difference", drift, "", n=positions),
+    )
+
+
+def divergence(expected: Floats, got: Floats) -> Floats:
+    """KL(p || q) at each position, (T,), from logits (T, vocabulary)."""
+    p, q = _log_softmax(expected), _log_softmax(got)
+    return np.sum(np.exp(p) * (p - q), axis=-1)
+
+
+def agreement(expected: Floats, got: Floats) -> np.ndarray:
+    """Whether the most likely token is the same at each position, (T,) bool; near ties count as agreement."""
+    chosen = np.take_along_axis(expected, got.argmax(-1)[:, None], axis=-1)[:, 0]
+    return chosen >= expected.max(-1) - TIE
+
+
+def _log_softmax(logits: Floats) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

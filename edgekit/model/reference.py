@@ -1,0 +1,109 @@
+"""The decoder in NumPy: slow, short, and what every exported graph is checked against.
+
+    h = embedding[ids]
+    for each layer:   h += attention(norm(h)) Wo^T;   h += (silu(n Wg^T) * (n Wu^T)) Wd^T   with n = norm(h)
+    logits = norm(h) head^T
+
+It reads one layer at a time, so a model larger than memory can be checked, and takes every width from the weights.
+Source: Touvron et al., arXiv 2302.13971, in transformers' spelling (Llama, Mistral, Qwen2, Qwen3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import UserError
+from edgekit.model.config import DecoderConfig
+from edgekit.model.rope import tables
+from edgekit.weight import Floats
+
+
+def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Floats]:
+    """Logits of each token sequence: a list of (T, vocabulary) float32.
+
+    Raises UserError for an empty sequence or an id outside the vocabulary, ModelError for missing weights.
+    """
+    config = checkpoint.decoder
+    for ids in sequences:
+        if not len(ids) or min(ids) < 0 or max(ids) >= config.vocabulary:
+            raise UserError(f"token ids must be one or more, from 0 to {config.vocabulary - 1}: got {list(ids)[:8]}")
+    table = checkpoint.weight("model.embed_tokens").dense()
+    states = [table[np.asarray(ids)] for ids in sequences]
+    if not config.tied:
+        del table
+    for index in range(config.layers):
+        layer = _Layer(checkpoint, index)
+        states = [layer(state) for state in states]
+    norm = checkpoint.vector("model.norm.weight")
+    head = table if config.tied else checkpoint.weight("lm_head").dense()
+    return [rms_norm(state, norm, config.norm_eps) @ head.T for state in states]
+
+
+class _Layer:
+    """One decoder layer with its weights made dense."""
+
+    def __init__(self, checkpoint: Checkpoint, index: int) -> None:
+        self.config: DecoderConfig = checkpoint.decoder
+        prefix = f"model.layers.{index}."
+        modules = [f"self_attn.{part}_proj" for part in "qkvo"] + [
+            f"mlp.{part}_proj" for part in ("gate", "up", "down")
+        ]
+        self.weight = {name: checkpoint.weight(prefix + name).dense() for name in modules}
+        self.bias = {
+            name: checkpoint.vector(f"{prefix}{name}.bias")
+            for name in modules
+            if checkpoint.has(f"{prefix}{name}.bias")
+        }
+        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        self.norm = {
+            name: checkpoint.vector(f"{prefix}{name}.weight") for name in norms if checkpoint.has(f"{prefix}{name}")
+        }
+
+    def __call__(self, state: Floats) -> Floats:
+        eps = self.config.norm_eps
+        state = state + self.attention(rms_norm(state, self.norm["input_layernorm"], eps))
+        return state + self.mlp(rms_norm(state, self.norm["post_attention_layernorm"], eps))
+
+    def linear(self, name: str, x: Floats) -> Floats:
+        y: Floats = x @ self.weight[name].T
+        return y + self.bias[name] if name in self.bias else y
+
+    def mlp(self, x: Floats) -> Floats:
+        gate = self.linear("mlp.gate_proj", x)
+        return self.linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * self.linear("mlp.up_proj", x))
+
+    def attention(self, x: Floats) -> Floats:
+        length, width = len(x), self.config.head_dim
+        q, k, v = (
+            self.linear(f"self_attn.{name}_proj", x).reshape(length, -1, width).swapaxes(0, 1) for name in "qkv"
+        )  # (heads, T, head_dim)
+        if "self_attn.q_norm" in self.norm:
+            q = rms_norm(q, self.norm["self_attn.q_norm"], self.config.norm_eps)
+            k = rms_norm(k, self.norm["self_attn.k_norm"], self.config.norm_eps)
+        q, k = self.rotate(q), self.rotate(k)
+        group = len(q) // len(k)
+        k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
+        scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(width))
+        distance = np.arange(length)[:, None] - np.arange(length)
+        hidden = distance < 0
+        if self.config.sliding_window:
+            hidden |= distance >= self.config.sliding_window
+        scores[:, hidden] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = (weights / weights.sum(-1, keepdims=True)) @ v
+        return self.linear("self_attn.o_proj", mixed.swapaxes(0, 1).reshape(length, -1))
+
+    def rotate(self, x: Floats) -> Floats:
+        """Turn (heads, T, head_dim) by each position's angles."""
+        cos, sin = tables(self.config.rope, x.shape[-1], x.shape[-2])
+        first, second = np.split(x, 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """x / rms(x) * weight over the last axis. Source: Zhang and Sennrich, arXiv 1910.07467."""
+    normed: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps)) * weight
+    return normed

@@ -1,0 +1,121 @@
+"""The engine: an onnxruntime session with the key-value cache of one sequence.
+
+Keys and values live in buffers of the whole context's size which the graph reads as its past and writes as its
+present, in place. The operating system commits their pages as they are first written, so the cache takes memory as the
+sequence grows and is never copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgekit.bundle import DecoderSpec
+from edgekit.errors import ContextOverflow, DeviceError
+from edgekit.runtime.budget import PREFILL_CHUNK
+
+
+class Engine:
+    """Feeds tokens and gives logits. Not safe for use by several threads at once.
+
+    `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold.
+    """
+
+    def __init__(self, model: Path, spec: DecoderSpec, *, context: int, threads: int) -> None:
+        """Load the graph. Raises DeviceError when onnxruntime refuses it or the cache cannot be had."""
+        self.spec = spec
+        self.context = context
+        self.tokens: list[int] = []
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._binding = self._session.io_binding()
+            self._bind_cache()
+        except MemoryError as problem:
+            raise DeviceError(f"the cache of {context} tokens could not be had; use a smaller --context") from problem
+        except Exception as problem:  # onnxruntime raises classes of its own, with no common base
+            raise DeviceError(f"onnxruntime {ort.__version__} cannot run {model}: {_first_line(problem)}") from problem
+        self._last = self._bind_scalar("seqlens_k", np.zeros(1, np.int32))
+        self._total = self._bind_scalar("total_sequence_length", np.zeros((), np.int32))
+        self._keep = self._bind_scalar("logits_to_keep", np.ones((), np.int64))
+        self._bound = (0, 0)
+
+    def forward(self, ids: Sequence[int], *, keep: int = 1) -> NDArray[np.float32]:
+        """Append `ids` to the sequence; returns the logits after the last `keep` of them, (keep, vocabulary).
+
+        The array is overwritten by the next call. Raises ContextOverflow when the sequence would not fit; the cache
+        is then as before.
+        """
+        needed = len(self.tokens) + len(ids)
+        if needed > self.context:
+            raise ContextOverflow(needed, self.context, self.spec.cache_bytes(needed))
+        parts = []
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK]
+            wanted = keep - (len(ids) - start - len(chunk))  # how many of the kept tokens lie in this chunk or before
+            logits = self._run(chunk, keep=min(max(wanted, 1), len(chunk)))
+            if wanted > 0:
+                parts.append(logits)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        del self.tokens[length:]
+
+    def _run(self, ids: Sequence[int], *, keep: int) -> NDArray[np.float32]:
+        if self._bound != (len(ids), keep):
+            self._ids = self._bind_scalar("input_ids", np.zeros((1, len(ids)), np.int64))
+            self._logits = np.empty((1, keep, self.spec.vocabulary), np.float32)
+            self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+            self._bound = (len(ids), keep)
+        total = len(self.tokens) + len(ids)
+        self._ids[0] = ids
+        self._last[0], self._total[...], self._keep[...] = total - 1, total, keep
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as problem:
+            raise DeviceError(f"onnxruntime stopped at token {total}: {_first_line(problem)}") from problem
+        self.tokens.extend(ids)
+        return self._logits[0] if len(ids) == 1 else self._logits[0].copy()
+
+    def _bind_scalar(self, name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Bind an input to `values` itself: what is written there later is what the next run reads."""
+        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
+        return values
+
+    def _bind_cache(self) -> None:
+        self._cache = []
+        for index, layer in enumerate(self.spec.layers):
+            for part in ("key", "value"):
+                buffer = _lazy_zeros((1, layer.kv_heads, self.context, layer.head_dim))
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
+                self._binding.bind_ortvalue_output(f"present.{index}.{part}", value)
+                self._cache.append((buffer, value))
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeros whose pages take no memory until they are written.
+
+    NumPy asks for huge pages, and then the first token of each head would commit 2 MB: the whole cache at once.
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, np.float32).reshape(shape)
+
+
+def _first_line(problem: Exception) -> str:
+    text = str(problem).strip().splitlines()
+    return text[0][:300] if text else type(problem).__name__

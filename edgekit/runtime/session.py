@@ -1,0 +1,231 @@
+"""The session: a bundle that answers.
+
+session = Session.open("small.x86")
+for text in session.generate([{"role": "user", "content": "What is the capital of France?"}]):
+    print(text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from edgekit.bundle import MODEL, Bundle
+from edgekit.device import host_device
+from edgekit.errors import ContextOverflow, ModelError, UserError
+from edgekit.runtime.budget import MemoryPlan, plan_memory
+from edgekit.runtime.engine import Engine
+from edgekit.runtime.sampling import Sampler, Sampling
+from edgekit.runtime.template import ChatTemplate, Message
+from edgekit.runtime.text import TextStream
+
+Prompt = str | Sequence[Message]
+
+
+@dataclass
+class Timing:
+    """Seconds that each part of one generation took. `gaps` are the times between tokens, the first one after
+    the first token."""
+
+    tokenize: float = 0.0
+    prefill: float = 0.0
+    sample: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def first_token(self) -> float:
+        """Time to first token."""
+        return self.tokenize + self.prefill + self.sample
+
+
+class Session:
+    """One loaded bundle and the cache of one conversation. Not safe for use by several threads at once."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.template = template
+
+    @classmethod
+    def open(cls, path: str | Path, *, context: int | None = None, threads: int | None = None) -> Session:
+        """Open a bundle. `context` defaults to the bundle's, `threads` to the cores that this machine has for it.
+
+        Raises UserError or ModelError for a bad bundle, BudgetError before loading when memory does not suffice.
+        """
+        bundle = Bundle.open(Path(path))
+        limit = bundle.spec.context_length
+        if context is not None and not 0 < context <= limit:
+            raise UserError(f"--context must be from 1 to the bundle's {limit}: got {context}")
+        if threads is not None and threads < 1:
+            raise UserError(f"--threads must be at least 1: got {threads}")
+        plan = plan_memory(bundle.spec, context=context or limit)
+        plan.refuse_if_too_large()
+        tokenizer = _tokenizer(bundle)
+        engine = Engine(
+            bundle.file(MODEL), bundle.spec, context=context or limit, threads=threads or host_device().threads
+        )
+        return cls(bundle, engine, tokenizer, _template(bundle))
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What this session was predicted to take."""
+        return plan_memory(self.bundle.spec, context=self.engine.context)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, or of messages through the chat template.
+
+        Raises UserError for an empty prompt or messages without a template.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UserError("the prompt must not be empty")
+            return self.tokenizer.encode(prompt).ids
+        if not prompt:
+            raise UserError("the prompt must hold at least one message")
+        if self.template is None:
+            raise UserError(f"chat needs a chat template: {self.bundle.path} has none; pass plain text (--raw)")
+        return self.tokenizer.encode(self.template.render(prompt), add_special_tokens=False).ids
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 512,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Begin an answer; iterate over the result to get its text piece by piece.
+
+        Tokens that the prompt shares with what is in the cache are not computed again.
+        Raises ContextOverflow when the prompt leaves no room for an answer.
+        """
+        if max_tokens < 1:
+            raise UserError(f"--max-tokens must be at least 1: got {max_tokens}")
+        begin = time.perf_counter()
+        ids = self.encode(prompt)
+        if len(ids) >= self.engine.context:
+            raise ContextOverflow(len(ids), self.engine.context, self.bundle.spec.cache_bytes(len(ids)))
+        timing = Timing(tokenize=time.perf_counter() - begin)
+        return Generation(self, ids, max_tokens=max_tokens, sampling=sampling, stop=stop, timing=timing)
+
+
+class Generation:
+    """An answer in the making. Iterate for its text; the fields are final when the iteration ends.
+
+    `finish_reason`: "stop" (the model ended it, or a stop string), "length" (max_tokens), "context" (no room left).
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        ids: list[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+        timing: Timing,
+    ) -> None:
+        self.prompt_tokens = len(ids)
+        self.reused_tokens = 0
+        self.tokens: list[int] = []
+        self.finish_reason: Literal["stop", "length", "context"] | None = None
+        self.timing = timing
+        self._session = session
+        self._prompt = ids
+        self._max_tokens = max_tokens
+        self._sampler = Sampler(sampling)
+        self._stream = TextStream(session.tokenizer, stop=stop)
+        self._pieces = self._generate()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def text(self) -> str:
+        """Run to the end and return the whole text."""
+        return "".join(self._pieces)
+
+    def _generate(self) -> Iterator[str]:
+        engine, timing = self._session.engine, self.timing
+        history = list(self._prompt)
+        self.reused_tokens = _shared(engine.tokens, history[:-1])  # the last token must run, to give logits
+        engine.rewind(self.reused_tokens)
+        clock = time.perf_counter()
+        logits = engine.forward(history[self.reused_tokens :])[-1]
+        timing.prefill = time.perf_counter() - clock
+        clock = time.perf_counter()
+        while True:
+            token = self._sampler(logits, history)
+            if not self.tokens:
+                timing.sample = time.perf_counter() - clock
+                clock = time.perf_counter()
+            self.tokens.append(token)
+            history.append(token)
+            if token in self._session.bundle.spec.eos_ids:
+                self.finish_reason = "stop"
+                break
+            if text := self._stream.push(token):
+                yield text
+            if self._stream.stopped is not None:
+                self.finish_reason = "stop"
+                return
+            if len(self.tokens) >= self._max_tokens:
+                self.finish_reason = "length"
+                break
+            if len(engine.tokens) >= engine.context:
+                self.finish_reason = "context"
+                break
+            logits = engine.forward([token])[-1]
+            now = time.perf_counter()
+            timing.gaps.append(now - clock)
+            clock = now
+        if text := self._stream.finish():
+            yield text
+
+
+def _shared(cached: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    count = 0
+    for a, b in zip(cached, wanted, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    path = bundle.file("tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as problem:  # the library raises plain Exception
+        raise ModelError(f"{path} must be a tokenizer: {problem}") from problem
+
+
+def _template(bundle: Bundle) -> ChatTemplate | None:
+    if not bundle.has("chat_template.jinja"):
+        return None
+    source = bundle.file("chat_template.jinja").read_text()
+    return ChatTemplate(source, special_tokens=_special_tokens(bundle))
+
+
+def _special_tokens(bundle: Bundle) -> dict[str, str]:
+    """bos_token, eos_token and the like as tokenizer_config.json names them: strings, or tables with `content`."""
+    if not bundle.has("tokenizer_config.json"):
+        return {}
+    try:
+        config = json.loads(bundle.file("tokenizer_config.json").read_text())
+    except (ValueError, RecursionError) as problem:
+        raise ModelError(f"tokenizer_config.json of {bundle.path} must be JSON: {problem}") from problem
+    found = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[key] = value
+    return found
