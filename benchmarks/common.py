@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from edgekit.device import host_device
+from edgekit.host import host_device
 from edgekit.manifest import now, versions
 from edgekit.profile.stats import measured
 from edgekit.report import Measurement
@@ -48,7 +48,9 @@ class Benchmark:
         assert row.value is not None
         return row.value
 
-    def value(self, name: str, value: float, unit: str, *, n: int = 1, spread: float | None = None, note: str = "") -> None:
+    def value(
+        self, name: str, value: float, unit: str, *, n: int = 1, spread: float | None = None, note: str = ""
+    ) -> None:
         self.measurements.append(Measurement(name, value, unit, n=n, spread=spread, note=note))
 
     def at_least(self, name: str, value: float, bound: float) -> None:

@@ -51,9 +51,15 @@ class DecoderSpec:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = [self.vocabulary, self.context_length, *(n for c in self.layers for n in (c.kv_heads, c.head_dim))]
-        if min(sizes) <= 0 or max(sizes) > 1 << 24:
-            raise ModelError(f"sizes must be positive and below {1 << 24}: got {sizes[:4]}...")
+        sizes = {"vocabulary": self.vocabulary, "context_length": self.context_length, "layers": len(self.layers)}
+        for index, layer in enumerate(self.layers):
+            sizes |= {f"layers[{index}].kv_heads": layer.kv_heads, f"layers[{index}].head_dim": layer.head_dim}
+        sizes |= {} if self.threads is None else {"threads": self.threads}
+        for name, size in sizes.items():
+            if not 0 < size <= 1 << 24:
+                raise ModelError(f"{name} must be from 1 to {1 << 24}: got {size}")
+        if self.resident_bytes < 0 or self.activation_bytes < 0:
+            raise ModelError(f"bytes must not be below 0: got {self.resident_bytes} and {self.activation_bytes}")
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that keys and values of `tokens` tokens take, in float32."""
@@ -82,7 +88,7 @@ class Bundle:
                 f"{path} is a {manifest.kind}, which does not run yet; make a bundle with edgekit export {path}"
             )
         try:
-            data = json.loads((path / SPEC).read_text())
+            data = json.loads((path / SPEC).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as problem:
             raise ModelError(f"{path / SPEC} must be readable JSON: {problem}") from problem
         return cls(path, manifest, parse(DecoderSpec, data, where=str(path / SPEC), error=ModelError))

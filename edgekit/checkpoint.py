@@ -27,7 +27,6 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from edgekit.errors import ModelError
-from edgekit.folder import inside
 from edgekit.manifest import Manifest, SourceRecord
 from edgekit.model.config import DecoderConfig, decoder_config
 from edgekit.schema import parse
@@ -69,6 +68,12 @@ class Entry:
     bits: int
     block: int
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or min(self.shape) <= 0 or self.block <= 0:
+            raise ModelError(
+                f"a matrix must have (out, in) and a block size, all positive: got {self.shape}, {self.block}"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,10 @@ class Checkpoint:
         """The matrix of a module such as `model.layers.0.mlp.up_proj`. Raises ModelError when it is absent."""
         entry = self.structure.get(module)
         if entry is None:
+            self.shape(module)  # refuses what is no matrix
             return Dense(self.vector(module + ".weight"))
         zeros = module + ".zeros"
-        return Quantized(
+        quantized = Quantized(
             codes=self._read(module + ".codes"),
             scales=self._read(module + ".scales").astype(np.float16, copy=False),
             zeros=self._read(zeros) if zeros in self._names else None,
@@ -137,14 +143,21 @@ class Checkpoint:
             block=entry.block,
             columns=entry.shape[1],
         )
+        if quantized.shape != entry.shape:
+            raise ModelError(
+                f"{STRUCTURE} must agree with the weights: {module} is {quantized.shape}, not {entry.shape}"
+            )
+        return quantized
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a module's matrix, without reading it."""
         entry = self.structure.get(module)
         if entry is None and module + ".weight" not in self._names:
             raise ModelError(f"the model must have {module}: its weights lack it")
-        rows, columns = entry.shape if entry else self.tensors.shape(module + ".weight")
-        return rows, columns
+        shape = entry.shape if entry else self.tensors.shape(module + ".weight")
+        if len(shape) != 2:
+            raise ModelError(f"a matrix must have two dimensions: {module}.weight has shape {shape}")
+        return shape[0], shape[1]
 
     def vector(self, name: str) -> Floats:
         """A float tensor by its full name, float32. Raises ModelError when it is absent."""
@@ -191,10 +204,10 @@ class SafetensorsReader:
         self._files: dict[Path, Any] = {}
         single = folder / "model.safetensors"
         if (folder / INDEX).exists():
-            weight_map = _json(folder / INDEX).get("weight_map")
+            weight_map = read_json(folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{folder / INDEX} must map tensor names to files: it has no weight_map")
-            self._where = {name: inside(folder, str(shard)) for name, shard in weight_map.items()}
+            self._where = {name: _shard(folder, shard) for name, shard in weight_map.items()}
         elif single.exists():
             self._where = dict.fromkeys(self._open(single).keys(), single)
         else:
@@ -205,6 +218,10 @@ class SafetensorsReader:
 
     def names(self) -> Sequence[str]:
         return sorted(self._where)
+
+    def files(self) -> set[Path]:
+        """The files that hold them."""
+        return set(self._where.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self._where[name]).get_slice(name).get_shape())
@@ -226,6 +243,13 @@ class SafetensorsReader:
         return self._files[path]
 
 
+def _shard(folder: Path, name: object) -> Path:
+    """A shard of `folder`, by its plain file name. It may be a link: the Hub's cache keeps files elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ModelError(f"{folder / INDEX} must name files of its own folder: got {name!r:.80}")
+    return folder / name
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder that `edgekit compress` wrote; every digest is verified. Raises ModelError when it is not whole."""
     manifest = Manifest.load(folder)
@@ -233,10 +257,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ModelError(f"{folder} is a {manifest.kind}, not a checkpoint; name the folder that compress wrote")
     structure = {
         path: parse(Entry, entry, where=f"{folder / STRUCTURE}: {path}", error=ModelError)
-        for path, entry in _json(folder / STRUCTURE).items()
+        for path, entry in read_json(folder / STRUCTURE).items()
     }
     return Checkpoint(
-        config=_json(folder / "config.json"),
+        config=read_json(folder / "config.json"),
         tensors=SafetensorsReader(folder),
         source=manifest.source,
         assets=read_assets(folder),
@@ -250,7 +274,8 @@ def read_assets(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelError when it is none."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as problem:

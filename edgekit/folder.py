@@ -35,7 +35,11 @@ def inside(root: Path, relative: str) -> Path:
             f"a path must stay inside its folder: got {relative!r} in {root}; the folder is not safe to use"
         )
     path = root / pure
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        leads_outside = not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as problem:  # a loop of links, or characters that no path can have
+        raise ModelError(f"a path must lead to a file: {relative!r} in {root} does not ({problem})") from problem
+    if leads_outside:
         raise ModelError(f"a path must stay inside its folder: {relative!r} in {root} is a link that leads outside")
     return path
 
@@ -46,13 +50,16 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises UserError when `target` exists (without `force`) or cannot be written, BudgetError when the disk is full.
     """
-    refuse_existing(target, force=force)
+    with explain_write_errors(target):
+        refuse_existing(target, force=force)
+    target = Path(os.path.abspath(target))
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with explain_write_errors(target):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             yield work
+            refuse_existing(target, force=force)  # it may have come meanwhile
             publish(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -60,6 +67,8 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 def refuse_existing(target: Path, *, force: bool) -> None:
     """Raise UserError when `target` is there and may not be replaced, or is nothing that we would replace."""
+    if target.is_symlink():
+        raise UserError(f"the output must not be a link: {target}; name the folder that it leads to")
     if not target.exists():
         return
     if not force:
@@ -88,11 +97,15 @@ def publish(work: Path, target: Path) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -115,7 +128,7 @@ def explain_write_errors(target: Path) -> Iterator[None]:
             raise BudgetError(
                 f"the disk is full: writing {target} failed; free space or choose another disk"
             ) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOENT):
             raise UserError(
                 f"the output must be writable: {target} ({problem.strerror}); choose another place"
             ) from problem

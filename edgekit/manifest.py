@@ -86,7 +86,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `edgekit.json`; call it last, when every other file is there."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        text = json.dumps(dataclasses.asdict(self), indent=1)
         write_file(folder / NAME, text.encode())
 
     @classmethod
@@ -97,7 +97,7 @@ class Manifest:
         """
         path = folder / NAME
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"an edgekit folder must hold {NAME}: {folder} has none") from None
         except (OSError, ValueError, RecursionError) as problem:
@@ -120,7 +120,13 @@ class Manifest:
             path = inside(folder, name)
             if not path.is_file():
                 raise ModelError(f"{folder} lacks {name}, which its {NAME} lists; copy the whole folder again")
-            if path.stat().st_size != record.size_bytes or digest(path) != record.sha256:
+            try:
+                same = path.stat().st_size == record.size_bytes and digest(path) == record.sha256
+            except OSError as problem:
+                raise ModelError(
+                    f"{path} must be readable: {problem.strerror}; copy the whole folder again"
+                ) from problem
+            if not same:
                 raise ModelError(f"{path} differs from its digest in {NAME}; it was changed or cut, fetch it again")
 
         with ThreadPoolExecutor(4) as pool:

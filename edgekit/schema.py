@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -62,7 +63,7 @@ def _value(hint: Any, value: object, where: str, error: type[EdgekitError]) -> A
         (inner,) = [argument for argument in arguments if argument is not type(None)]
         return _value(inner, value, where, error)
     if origin is Literal:
-        if value not in arguments:
+        if not any(value == known and type(value) is type(known) for known in arguments):  # 4.0 and True are no ints
             raise error(f"{where} must be one of {', '.join(map(str, arguments))}: got {_show(value)}")
         return value
     if origin in (tuple, list):
@@ -77,6 +78,8 @@ def _value(hint: Any, value: object, where: str, error: type[EdgekitError]) -> A
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where=where, error=error)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise error(f"{where} is out of range: {_show(value)}")
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise error(f"{where} must be {_NAMES.get(hint, hint.__name__)}: got {_show(value)}")

@@ -59,6 +59,11 @@ class Quantized:
     columns: int
 
     def __post_init__(self) -> None:
+        if self.codes.dtype != np.uint8 or self.codes.ndim != 3 or self.scales.ndim != 2:
+            raise ModelError(
+                f"codes must be uint8 (out, blocks, bytes) with scales (out, blocks): got {self.codes.dtype}"
+                f" {self.codes.shape} and {self.scales.shape}"
+            )
         rows, blocks = self.scales.shape
         if self.bits not in (4, 8) or self.block <= 0 or self.block * self.bits % 8:
             raise ModelError(f"codes must have 4 or 8 bits in whole bytes: got {self.bits} bits, block {self.block}")

@@ -20,7 +20,8 @@ def devices(context: click.Context, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from edgekit.device import host_device, known_devices, load_device
+    from edgekit.device import known_devices, load_device
+    from edgekit.host import host_device
 
     found = [load_device(name) for name in known_devices()]
     if as_json:
@@ -46,6 +47,6 @@ def show(name: str) -> None:
 @devices.command()
 def detect() -> None:
     """Print this machine as TOML: `edgekit devices detect > mine.toml`."""
-    from edgekit.device import host_device
+    from edgekit.host import host_device
 
     click.echo(host_device().to_toml(), nl=False)

@@ -25,7 +25,7 @@ def doctor(as_json: bool) -> None:
     \b
     edgekit doctor
     """
-    from edgekit.device import host_device
+    from edgekit.host import host_device
     from edgekit.profile.memory import available_bytes
 
     host = host_device()

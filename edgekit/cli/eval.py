@@ -45,7 +45,7 @@ def evaluate(
 
     if text is None and not choices:
         raise UserError("eval needs something to evaluate on: pass --text FILE or --choices FILE")
-    content = _read(text) if text else ""
+    content = read_text(text) if text else ""
     files = {path: load_items(path, limit=limit) for path in choices}
     rows = []
     with open_scorer(target, threads=threads) as scorer:
@@ -77,7 +77,7 @@ def evaluate(
         print_report(report, output())
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode()

@@ -18,22 +18,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def sampling_options(command: F) -> F:
     """The options that decide how tokens are chosen, the same for run and chat."""
-    for option in reversed(
-        [
-            click.option("--max-tokens", default=512, show_default=True, help="Longest answer, in tokens."),
-            click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token."),
-            click.option("--top-k", default=0, show_default=True, help="Choose among the k most likely; 0: all."),
-            click.option("--top-p", default=1.0, show_default=True, help="Choose within this share of probability."),
-            click.option(
-                "--min-p", default=0.0, show_default=True, help="Leave out what is rarer than this x the best."
-            ),
-            click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 avoids repetition."),
-            click.option("--seed", type=int, help="Makes sampling repeatable."),
-            click.option("--stop", multiple=True, help="End the answer at this text; may be given several times."),
-            click.option("--context", type=int, help="Tokens of context to make room for; default: the bundle's."),
-            click.option("--threads", type=int, help="Default: the cores that this machine has for it."),
-        ]
-    ):
+    options: list[Callable[[Any], Any]] = [
+        click.option("--max-tokens", default=512, show_default=True, help="Longest answer, in tokens."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token."),
+        click.option("--top-k", default=0, show_default=True, help="Choose among the k most likely; 0: all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Choose within this share of probability."),
+        click.option("--min-p", default=0.0, show_default=True, help="Leave out what is rarer than this x the best."),
+        click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 avoids repetition."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--stop", multiple=True, help="End the answer at this text; may be given several times."),
+        click.option("--context", type=int, help="Tokens of context to make room for; default: the bundle's."),
+        click.option("--threads", type=int, help="Default: the cores that this machine has for it."),
+    ]
+    for option in reversed(options):
         command = option(command)
     return command
 

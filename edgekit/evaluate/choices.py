@@ -58,7 +58,7 @@ class Accuracy:
 def load_items(path: Path, *, limit: int | None = None) -> list[Item]:
     """Read items from .jsonl or .jsonl.gz. Raises UserError naming the line that is wrong."""
     known = set(Item.__dataclass_fields__)
-    items = []
+    items: list[Item] = []
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
             for number, line in enumerate(lines, 1):

@@ -89,4 +89,6 @@ def log_likelihoods(logits: Floats, targets: list[int]) -> NDArray[np.float64]:
     """log p of each target under its row of logits (T, vocabulary), (T,) float64."""
     shifted = logits - logits.max(-1, keepdims=True)
     chosen = shifted[np.arange(len(targets)), targets].astype(np.float64)
-    return chosen - np.log(np.exp(shifted).sum(-1, dtype=np.float64))
+    total: NDArray[np.float64] = np.exp(shifted).sum(-1, dtype=np.float64)
+    likelihood: NDArray[np.float64] = chosen - np.log(total)
+    return likelihood

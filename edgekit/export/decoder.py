@@ -14,37 +14,34 @@ GroupQueryAttention and SkipSimplifiedLayerNormalization of com.microsoft beside
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
+from edgekit.export.fit import layer_caches
 from edgekit.export.graph import Graph
 from edgekit.model.rope import tables
 from edgekit.weight import Dense, Quantized, Weight
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What the runtime must know of a layer: the shape of its cache."""
-
-    kv_heads: int
-    head_dim: int
-
-
-def build_decoder(checkpoint: Checkpoint, folder: Path, *, context: int, int8_activations: bool) -> list[LayerShape]:
-    """Write model.onnx and its weights into `folder`; returns the layers' cache shapes.
+def build_decoder(
+    checkpoint: Checkpoint, folder: Path, *, context: int, int8_activations: bool
+) -> tuple[LayerCache, ...]:
+    """Write model.onnx and its weights into `folder`; returns each layer's cache.
 
     `context` is the number of positions that the rotary tables cover. `int8_activations` lets quantised matrices
     multiply in integers (accuracy level 4 of MatMulNBits); without it they multiply in float32.
     Raises ModelError for weights that are missing or do not fit each other.
     """
+    caches = layer_caches(checkpoint)
     with Graph(folder) as graph:
-        return _Decoder(checkpoint, graph, context, 4 if int8_activations else 0).build()
+        _Decoder(checkpoint, graph, context, 4 if int8_activations else 0).build(caches)
+    return caches
 
 
 class _Decoder:
@@ -55,7 +52,7 @@ class _Decoder:
         self.context = context
         self.accuracy_level = accuracy_level
 
-    def build(self) -> list[LayerShape]:
+    def build(self, caches: Sequence[LayerCache]) -> None:
         config, graph = self.config, self.graph
         cosine, sine = tables(config.rope, config.head_dim, self.context)
         graph.constant("rotary.cos", cosine)
@@ -68,17 +65,14 @@ class _Decoder:
             epsilon=config.norm_eps,
             axis=-1,
         )
-        shapes = []
-        for index in range(config.layers):
+        for index, cache in enumerate(caches):
             prefix = f"model.layers.{index}"
             following = f"model.layers.{index + 1}.input_layernorm" if index + 1 < config.layers else "model.norm"
-            mixed, shape = self.attention(f"{prefix}.self_attn", normed, index)
-            shapes.append(shape)
+            mixed = self.attention(f"{prefix}.self_attn", normed, index, kv_heads=cache.kv_heads)
             normed, state = self.add_and_norm(state, mixed, f"{prefix}.post_attention_layernorm")
             normed, state = self.add_and_norm(state, self.mlp(f"{prefix}.mlp", normed), following)
         self.head(normed)
-        graph.save(*self.signature(shapes), title=config.architecture)
-        return shapes
+        graph.save(*self.signature(caches), title=config.architecture)
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
@@ -104,11 +98,7 @@ class _Decoder:
             return state
         return self.slice(state, 0, weight.columns, axis=2, name=f"{module}.unpadded")
 
-    def attention(self, prefix: str, x: str, index: int) -> tuple[str, LayerShape]:
-        width = self.config.head_dim
-        heads, kv_heads = (self.checkpoint.shape(f"{prefix}.{name}_proj")[0] // width for name in "qk")
-        if kv_heads == 0 or heads % kv_heads or self.checkpoint.shape(f"{prefix}.v_proj")[0] != kv_heads * width:
-            raise ModelError(f"query heads must be a multiple of key heads: {prefix} has {heads} and {kv_heads}")
+    def attention(self, prefix: str, x: str, index: int, *, kv_heads: int) -> str:
         modules = [f"{prefix}.{name}_proj" for name in "qkv"]
         normed_heads = self.checkpoint.has(f"{prefix}.q_norm")
         if fused := None if normed_heads else self.linears(modules, x, f"{prefix}.qkv_proj"):
@@ -123,12 +113,12 @@ class _Decoder:
             [query, key, value, *past, "seqlens_k", "total_sequence_length", "rotary.cos", "rotary.sin"],
             prefix,
             outputs=[prefix, f"present.{index}.key", f"present.{index}.value"],
-            num_heads=heads,
+            num_heads=self.checkpoint.shape(f"{prefix}.q_proj")[0] // self.config.head_dim,
             kv_num_heads=kv_heads,
             do_rotary=1,
             local_window_size=self.config.sliding_window or -1,
         )
-        return self.linear(f"{prefix}.o_proj", mixed), LayerShape(kv_heads, width)
+        return self.linear(f"{prefix}.o_proj", mixed)
 
     def head_norm(self, x: str, module: str) -> str:
         """RMSNorm of each head by itself, as Qwen3 does before the rotation."""
@@ -255,7 +245,7 @@ class _Decoder:
         names = [self.graph.constant(f"{name}.{key}", b) for key, b in zip(("from", "to", "axis"), bounds, strict=True)]
         return self.graph.node("Slice", [x, *names], name)
 
-    def signature(self, shapes: Sequence[LayerShape]) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    def signature(self, caches: Sequence[LayerCache]) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"]),
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, [1]),
@@ -263,9 +253,9 @@ class _Decoder:
             helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, []),
         ]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "kept", self.config.vocabulary])]
-        for index, shape in enumerate(shapes):
+        for index, cache in enumerate(caches):
             for part in ("key", "value"):
-                dims = [1, shape.kv_heads, "cache", shape.head_dim]
+                dims = [1, cache.kv_heads, "cache", cache.head_dim]
                 past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
                 inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, dims))
                 outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, dims))

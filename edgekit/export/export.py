@@ -24,6 +24,7 @@ from edgekit.runtime.engine import Engine
 
 PACKING = 1.2  # onnxruntime's packed copy of quantised weights holds block sums beside codes and scales (docs/log.md)
 LONGEST = 32768  # tokens of rotary tables, unless asked for more
+CHECKED = 64  # tokens of each prompt that are compared with the NumPy forward
 
 
 def export(
@@ -58,13 +59,13 @@ def export(
             target=target.name,
             vocabulary=config.vocabulary,
             context_length=longest,
-            layers=tuple(layers),
+            layers=layers,
             eos_ids=_eos_ids(checkpoint),
             resident_bytes=_resident_bytes(checkpoint),
             activation_bytes=_activation_bytes(checkpoint),
             threads=device.threads if device else None,
         )
-        (folder / SPEC).write_text(spec.to_json())
+        (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
             (folder / name).write_bytes(content)
         on_progress("checking it against the NumPy forward")
@@ -76,13 +77,15 @@ def export(
 def _check(
     checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, int8: bool, accept_drift: bool
 ) -> tuple[Measurement, ...]:
-    tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+    tokenizer = _tokenizer(checkpoint)
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= spec.vocabulary:
         raise ModelError(f"token ids must be below the embedding's {spec.vocabulary} rows: the tokenizer has {highest}")
-    length = min(spec.context_length, 64)
-    sequences = [ids[:length] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
-    engine = Engine(folder / MODEL, spec, context=spec.context_length, threads=1)
+    context = min(spec.context_length, 2 * CHECKED)
+    sequences = [ids[: min(CHECKED, context)] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
+    if not sequences:
+        raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
+    engine = Engine(folder / MODEL, spec, context=context, threads=1)
     bounds = BOUNDS["int8" if int8 and checkpoint.structure else "float32"]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
@@ -132,11 +135,24 @@ def _write_manifest(
 
 def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """End tokens: generation_config.json decides where there is one, then config.json."""
-    raw = checkpoint.assets.get("generation_config.json")
-    ids = json.loads(raw).get("eos_token_id") if raw else None
+    raw = checkpoint.assets.get("generation_config.json", b"{}")
+    try:
+        ids = json.loads(raw).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError) as problem:
+        raise ModelError(f"generation_config.json must hold a JSON object: {problem}") from problem
     if ids is None:
         return checkpoint.decoder.eos_ids
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    found = tuple(ids) if isinstance(ids, list) else (ids,)
+    if not all(type(token) is int for token in found):
+        raise ModelError(f"generation_config.json: eos_token_id must be one or more token ids: got {ids!r}")
+    return found
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+    except Exception as problem:  # the library raises plain Exception
+        raise ModelError(f"tokenizer.json of {checkpoint.source.name} must be a tokenizer: {problem}") from problem
 
 
 def _resident_bytes(checkpoint: Checkpoint) -> int:

@@ -1,11 +1,12 @@
 """The facts of a decoder's `config.json` that export and the NumPy forward need, for the Llama family.
 
 Widths and head counts are not here: they are read from each layer's weights, since a compressed model's layers differ.
-Not supported: mixtures of experts, sliding windows that differ by layer, biases other than on q, k and v.
+Not supported: mixtures of experts, sliding windows that differ by layer, weights that GPTQ, AWQ or FP8 quantised.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -49,10 +50,10 @@ class DecoderConfig:
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read `config.json` as transformers writes it (4 or 5).
 
-    Raises ModelError: an architecture that is not in `ARCHITECTURES`, a missing or impossible number, a rope scaling
-    or activation that is not supported.
+    Raises ModelError: an architecture that is not in `ARCHITECTURES`, a missing or impossible number, a rope scaling,
+    an activation or a foreign quantisation that is not supported.
     """
-    names = config.get("architectures") or []
+    names = _list(config, "architectures")
     architecture = next((name for name in names if name in ARCHITECTURES), None)
     if architecture is None:
         raise ModelError(
@@ -62,8 +63,14 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"the activation of a gated MLP must be silu: config.json says {activation!r}")
+    if config.get("quantization_config"):
+        raise ModelError(
+            "the weights must be plain floats: config.json has a quantization_config; take the original model"
+        )
     hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
-    eos = config.get("eos_token_id")
+    if not config.get("head_dim") and hidden % heads:
+        raise ModelError(f"config.json: without head_dim, hidden_size must divide by {heads} heads: got {hidden}")
+    bos, eos = _token_ids(config, "bos_token_id"), _token_ids(config, "eos_token_id")
     return DecoderConfig(
         architecture=architecture,
         hidden_size=hidden,
@@ -71,12 +78,12 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         head_dim=_positive(config, "head_dim") if config.get("head_dim") else hidden // heads,
         vocabulary=_positive(config, "vocab_size"),
         context_length=_positive(config, "max_position_embeddings"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
         rope=_rope(config),
         tied=bool(config.get("tie_word_embeddings", False)),
         sliding_window=_sliding_window(config),
-        bos_id=config.get("bos_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_id=bos[0] if bos else None,
+        eos_ids=eos,
     )
 
 
@@ -87,31 +94,61 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _number(table: Mapping[str, Any], key: str, default: float) -> float:
+    value = default if table.get(key) is None else table[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ModelError(f"config.json: {key} must be a positive number: got {value!r}")
+    return float(value)
+
+
+def _list(config: Mapping[str, Any], key: str) -> list[Any]:
+    value = config.get(key) or []
+    if not isinstance(value, list):
+        raise ModelError(f"config.json: {key} must be a list: got {value!r}")
+    return value
+
+
+def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Token ids, which a config gives as one number, a list or null."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
+        raise ModelError(f"config.json: {key} must be one or more token ids: got {value!r}")
+    return tuple(ids)
+
+
 def _rope(config: Mapping[str, Any]) -> Rope:
     """transformers 5 keeps everything in `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart."""
     table = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(table.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not isinstance(table, Mapping):
+        raise ModelError(f"config.json: rope_parameters must be a table: got {table!r}")
+    theta = _number(table, "rope_theta", _number(config, "rope_theta", 10000.0))
     kind = table.get("rope_type") or table.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise ModelError(f"rope scaling must be default, linear or llama3: config.json says {kind!r}")
+    low, high = _number(table, "low_freq_factor", 1.0), _number(table, "high_freq_factor", 4.0)
+    if low >= high:
+        raise ModelError(f"config.json: low_freq_factor must be below high_freq_factor: got {low} and {high}")
     return Rope(
         theta=theta,
         kind=cast(RopeKind, kind),
-        factor=float(table.get("factor", 1.0)),
-        low_freq_factor=float(table.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(table.get("high_freq_factor", 4.0)),
-        original_context=int(table.get("original_max_position_embeddings", 0)),
+        factor=_number(table, "factor", 1.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_context=_positive(table, "original_max_position_embeddings") if kind == "llama3" else 0,
     )
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:
     """The window that every layer attends in, or None. Qwen writes one but uses it only when it says so."""
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
+    if not config.get("sliding_window"):
         return None
-    kinds = set(config.get("layer_types") or ["sliding_attention"])
+    window = _positive(config, "sliding_window")
+    if not config.get("use_sliding_window", config.get("model_type") not in ("qwen2", "qwen3")):
+        return None
+    kinds = {str(kind) for kind in _list(config, "layer_types")}
     if kinds == {"full_attention"}:
         return None
-    if len(kinds) > 1:
+    if len(kinds) > 1 or (not kinds and config.get("max_window_layers")):
         raise ModelError("sliding windows must be the same in all layers: config.json mixes full and sliding attention")
-    return int(window)
+    return window

@@ -31,15 +31,17 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[
         if not len(ids) or min(ids) < 0 or max(ids) >= config.vocabulary:
             raise UserError(f"token ids must be one or more, from 0 to {config.vocabulary - 1}: got {list(ids)[:8]}")
     table = checkpoint.weight("model.embed_tokens").dense()
-    states = [table[np.asarray(ids)] for ids in sequences]
+    ends = np.cumsum([len(ids) for ids in sequences])
+    spans = [slice(end - len(ids), end) for ids, end in zip(sequences, ends, strict=True)]
+    state = table[np.concatenate([np.asarray(ids) for ids in sequences])]  # all tokens of all sequences, (T, hidden)
     if not config.tied:
         del table
     for index in range(config.layers):
-        layer = _Layer(checkpoint, index)
-        states = [layer(state) for state in states]
+        state = _Layer(checkpoint, index)(state, spans)
     norm = checkpoint.vector("model.norm.weight")
     head = table if config.tied else checkpoint.weight("lm_head").dense()
-    return [rms_norm(state, norm, config.norm_eps) @ head.T for state in states]
+    logits = rms_norm(state, norm, config.norm_eps) @ head.T
+    return [logits[span] for span in spans]
 
 
 class _Layer:
@@ -62,9 +64,9 @@ class _Layer:
             name: checkpoint.vector(f"{prefix}{name}.weight") for name in norms if checkpoint.has(f"{prefix}{name}")
         }
 
-    def __call__(self, state: Floats) -> Floats:
+    def __call__(self, state: Floats, spans: Sequence[slice]) -> Floats:
         eps = self.config.norm_eps
-        state = state + self.attention(rms_norm(state, self.norm["input_layernorm"], eps))
+        state = state + self.attention(rms_norm(state, self.norm["input_layernorm"], eps), spans)
         return state + self.mlp(rms_norm(state, self.norm["post_attention_layernorm"], eps))
 
     def linear(self, name: str, x: Floats) -> Floats:
@@ -73,13 +75,19 @@ class _Layer:
 
     def mlp(self, x: Floats) -> Floats:
         gate = self.linear("mlp.gate_proj", x)
-        return self.linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * self.linear("mlp.up_proj", x))
+        with np.errstate(over="ignore"):  # where exp(-gate) is inf, silu is 0, as it should be
+            active = gate / (1 + np.exp(-gate))
+        return self.linear("mlp.down_proj", active * self.linear("mlp.up_proj", x))
 
-    def attention(self, x: Floats) -> Floats:
-        length, width = len(x), self.config.head_dim
-        q, k, v = (
-            self.linear(f"self_attn.{name}_proj", x).reshape(length, -1, width).swapaxes(0, 1) for name in "qkv"
-        )  # (heads, T, head_dim)
+    def attention(self, x: Floats, spans: Sequence[slice]) -> Floats:
+        q, k, v = (self.linear(f"self_attn.{name}_proj", x) for name in "qkv")
+        mixed = [self.attend(q[span], k[span], v[span]) for span in spans]
+        return self.linear("self_attn.o_proj", np.concatenate(mixed))
+
+    def attend(self, q: Floats, k: Floats, v: Floats) -> Floats:
+        """Causal attention of one sequence: q (T, heads * head_dim), k and v (T, kv_heads * head_dim)."""
+        length, width = len(q), self.config.head_dim
+        q, k, v = (x.reshape(length, -1, width).swapaxes(0, 1) for x in (q, k, v))  # (heads, T, head_dim)
         if "self_attn.q_norm" in self.norm:
             q = rms_norm(q, self.norm["self_attn.q_norm"], self.config.norm_eps)
             k = rms_norm(k, self.norm["self_attn.k_norm"], self.config.norm_eps)
@@ -93,8 +101,8 @@ class _Layer:
             hidden |= distance >= self.config.sliding_window
         scores[:, hidden] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = (weights / weights.sum(-1, keepdims=True)) @ v
-        return self.linear("self_attn.o_proj", mixed.swapaxes(0, 1).reshape(length, -1))
+        mixed: Floats = (weights / weights.sum(-1, keepdims=True)) @ v
+        return mixed.swapaxes(0, 1).reshape(length, -1)
 
     def rotate(self, x: Floats) -> Floats:
         """Turn (heads, T, head_dim) by each position's angles."""

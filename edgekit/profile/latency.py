@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.device import host_device
 from edgekit.errors import UserError
+from edgekit.host import host_device
 from edgekit.manifest import now, versions
 from edgekit.profile.memory import PeakMemory
 from edgekit.profile.stats import drift, measured
@@ -43,6 +43,7 @@ def profile(
         if count < 1:
             raise UserError(f"{option} must be at least 1: got {count}")
     samples: Samples = {}
+    gaps: list[float] = []
     with PeakMemory() as peak:
         clock = time.perf_counter()
         session = Session.open(path, context=context, threads=threads)
@@ -50,14 +51,14 @@ def profile(
         if max(prompt_tokens, generate_tokens) >= session.engine.context:
             raise UserError(f"prompt and answer must fit in the context of {session.engine.context} tokens")
         for repetition in range(repetitions + 1):
-            figures = _repeat(session, prompt_tokens, generate_tokens, seed=repetition)
+            figures, between = _repeat(session, prompt_tokens, generate_tokens, seed=repetition)
             on_repetition(repetition, repetitions)
             if repetition == 0:
                 continue  # warm-up
+            gaps += [gap * 1e3 for gap in between]
             for name, (unit, numbers) in figures.items():
                 samples.setdefault(name, (unit, []))[1].extend(numbers)
     rows = [measured(name, numbers, unit=unit) for name, (unit, numbers) in samples.items()]
-    gaps = samples["gap between tokens"][1]
     rows += [
         Measurement("gap between tokens, p90", float(np.percentile(gaps, 90)), "ms", n=len(gaps)),
         Measurement("gap between tokens, p99", float(np.percentile(gaps, 99)), "ms", n=len(gaps)),
@@ -77,7 +78,8 @@ def profile(
     )
 
 
-def _repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: int) -> Samples:
+def _repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: int) -> tuple[Samples, list[float]]:
+    """One number of each kind, and the single gaps in seconds: those are no samples, each depends on the one before."""
     engine = session.engine
     ids = np.random.default_rng(seed).integers(0, session.bundle.spec.vocabulary, prompt_tokens).tolist()
     engine.rewind(0)
@@ -95,8 +97,8 @@ def _repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed:
         f"pp{prompt_tokens}": ("tok/s", [prompt_tokens / prefill]),
         f"tg{generate_tokens}": ("tok/s", [generate_tokens / sum(gaps)]),
         "time to first token": ("ms", [_first_token(session, ids) * 1e3]),
-        "gap between tokens": ("ms", [gap * 1e3 for gap in gaps[1:]] or [gaps[0] * 1e3]),
-    }
+        "gap between tokens": ("ms", [float(np.median(gaps)) * 1e3]),
+    }, gaps
 
 
 def _first_token(session: Session, ids: Sequence[int]) -> float:

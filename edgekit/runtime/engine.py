@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,18 +26,21 @@ from edgekit.runtime.budget import PREFILL_CHUNK
 class Engine:
     """Feeds tokens and gives logits. Not safe for use by several threads at once.
 
-    `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold.
+    `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold; `run_seconds`
+    adds up the time spent inside onnxruntime.
     """
 
     def __init__(self, model: Path, spec: DecoderSpec, *, context: int, threads: int) -> None:
         """Load the graph. Raises DeviceError when onnxruntime refuses it or the cache cannot be had."""
         self.spec = spec
         self.context = context
+        self.threads = threads
         self.tokens: list[int] = []
+        self.run_seconds = 0.0
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised as well
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
@@ -53,19 +57,21 @@ class Engine:
     def forward(self, ids: Sequence[int], *, keep: int = 1) -> NDArray[np.float32]:
         """Append `ids` to the sequence; returns the logits after the last `keep` of them, (keep, vocabulary).
 
-        The array is overwritten by the next call. Raises ContextOverflow when the sequence would not fit; the cache
-        is then as before.
+        There must be one id or more, and 1 <= keep <= len(ids). The array is overwritten by the next call. Raises
+        ContextOverflow when the sequence would not fit; the cache is then as before.
         """
+        assert 1 <= keep <= len(ids)
         needed = len(self.tokens) + len(ids)
         if needed > self.context:
             raise ContextOverflow(needed, self.context, self.spec.cache_bytes(needed))
         parts = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            wanted = keep - (len(ids) - start - len(chunk))  # how many of the kept tokens lie in this chunk or before
+            after = len(ids) - start - len(chunk)
+            wanted = keep - after  # how many of the kept tokens lie in this chunk or before
             logits = self._run(chunk, keep=min(max(wanted, 1), len(chunk)))
             if wanted > 0:
-                parts.append(logits)
+                parts.append(logits.copy() if after else logits)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def rewind(self, length: int) -> None:
@@ -74,6 +80,7 @@ class Engine:
 
     def _run(self, ids: Sequence[int], *, keep: int) -> NDArray[np.float32]:
         if self._bound != (len(ids), keep):
+            self._bound = (0, 0)  # an interrupt between the bindings must not leave half of them valid
             self._ids = self._bind_scalar("input_ids", np.zeros((1, len(ids)), np.int64))
             self._logits = np.empty((1, keep, self.spec.vocabulary), np.float32)
             self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
@@ -81,12 +88,15 @@ class Engine:
         total = len(self.tokens) + len(ids)
         self._ids[0] = ids
         self._last[0], self._total[...], self._keep[...] = total - 1, total, keep
+        clock = time.perf_counter()
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as problem:
             raise DeviceError(f"onnxruntime stopped at token {total}: {_first_line(problem)}") from problem
+        self.run_seconds += time.perf_counter() - clock
         self.tokens.extend(ids)
-        return self._logits[0] if len(ids) == 1 else self._logits[0].copy()
+        logits: NDArray[np.float32] = self._logits[0]
+        return logits
 
     def _bind_scalar(self, name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
         """Bind an input to `values` itself: what is written there later is what the next run reads."""
@@ -108,8 +118,12 @@ def _lazy_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Zeros whose pages take no memory until they are written.
 
     NumPy asks for huge pages, and then the first token of each head would commit 2 MB: the whole cache at once.
+    Raises MemoryError when the system has no room for them.
     """
-    pages = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as problem:
+        raise MemoryError(str(problem)) from problem
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without huge pages
             pages.madvise(mmap.MADV_NOHUGEPAGE)

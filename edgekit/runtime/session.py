@@ -17,7 +17,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from edgekit.bundle import MODEL, Bundle
-from edgekit.device import host_device
+from edgekit.host import host_device
 from edgekit.errors import ContextOverflow, ModelError, UserError
 from edgekit.runtime.budget import MemoryPlan, plan_memory
 from edgekit.runtime.engine import Engine
@@ -69,7 +69,7 @@ class Session:
         plan.refuse_if_too_large()
         tokenizer = _tokenizer(bundle)
         engine = Engine(
-            bundle.file(MODEL), bundle.spec, context=context or limit, threads=threads or host_device().threads
+            bundle.file(MODEL), bundle.spec, context=context or limit, threads=threads or host_device().threads or 1
         )
         return cls(bundle, engine, tokenizer, _template(bundle))
 

@@ -1,0 +1,60 @@
+"""Do the weights fit each other? Asked of their shapes, before the first file is written."""
+
+from __future__ import annotations
+
+from edgekit.bundle import LayerCache
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import ModelError
+
+HEAD_STEP = 16  # channels: onnxruntime turns heads of a multiple of them
+
+
+def layer_caches(checkpoint: Checkpoint) -> tuple[LayerCache, ...]:
+    """The cache of each layer, as its own weights shape it.
+
+    Raises ModelError: weights that are missing or do not fit each other, or heads that onnxruntime cannot turn.
+    """
+    config = checkpoint.decoder
+    if config.head_dim % HEAD_STEP:
+        raise ModelError(f"head_dim must be a multiple of {HEAD_STEP} to be exported: the model's is {config.head_dim}")
+    for module in ("model.embed_tokens",) if config.tied else ("model.embed_tokens", "lm_head"):
+        _expect(module, checkpoint.shape(module), (config.vocabulary, config.hidden_size))
+    _expect_norms(checkpoint, ["model.norm"], config.hidden_size)
+    return tuple(_layer_cache(checkpoint, f"model.layers.{index}") for index in range(config.layers))
+
+
+def _layer_cache(checkpoint: Checkpoint, layer: str) -> LayerCache:
+    hidden, width = checkpoint.decoder.hidden_size, checkpoint.decoder.head_dim
+    queries, keys, mlp = (
+        checkpoint.shape(f"{layer}.{module}")[0] for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    )
+    if queries % width or keys % width or queries % keys:
+        raise ModelError(
+            f"query heads must be a multiple of key heads, each of {width} rows: {layer} has {queries} query rows and"
+            f" {keys} key rows"
+        )
+    wanted = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    for module, shape in wanted.items():
+        _expect(f"{layer}.{module}", checkpoint.shape(f"{layer}.{module}"), shape)
+    _expect_norms(checkpoint, [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"], hidden)
+    heads = [f"{layer}.self_attn.{name}_norm" for name in "qk"]
+    _expect_norms(checkpoint, [name for name in heads if checkpoint.has(name)], width)
+    return LayerCache(kv_heads=keys // width, head_dim=width)
+
+
+def _expect_norms(checkpoint: Checkpoint, modules: list[str], size: int) -> None:
+    for module in modules:
+        _expect(module, checkpoint.vector(f"{module}.weight").shape, (size,))
+
+
+def _expect(module: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ModelError(f"the weights must fit each other: {module} has shape {shape}, the model needs {wanted}")

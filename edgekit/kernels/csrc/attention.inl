@@ -1,0 +1,191 @@
+// Exact attention over a float16 cache, for the query heads that share one key-value head.
+//
+// Two shapes of work. `decode`: one token, lanes run over channels, every key is loaded once for all heads; it leaves
+// partial sums, so that a long cache can be split over threads. `attend`: many tokens, lanes run over query rows
+// (tokens x heads), so that scores, maxima and sums of a row never cross lanes; keys come in blocks, with the running
+// maximum and rescaling of online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+
+namespace edgekit {
+namespace {
+
+constexpr int kKeyBlock = 64;
+constexpr int kHeadsAtOnce = 4;
+constexpr float kHidden = -1e30f;
+
+template <int Heads>
+void decode_scores(const DecodeTask& t, int64_t first_head, float* scores) {
+  for (int64_t j = 0; j < t.count; ++j) {
+    const uint16_t* key = t.keys + j * t.head_dim;
+    Floats acc[Heads];
+    for (int h = 0; h < Heads; ++h) acc[h] = zeros();
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+      const Floats k = load_half(key + d);
+      for (int h = 0; h < Heads; ++h) acc[h] = fma(load(t.q + (first_head + h) * t.head_dim + d), k, acc[h]);
+    }
+    for (int h = 0; h < Heads; ++h) scores[h * t.count_padded + j] = sum(acc[h]) * t.scale;
+  }
+}
+
+template <int Heads>
+void decode_values(const DecodeTask& t, int64_t first_head, const float* weights) {
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    Floats acc[Heads];
+    for (int h = 0; h < Heads; ++h) acc[h] = zeros();
+    for (int64_t j = 0; j < t.count; ++j) {
+      const Floats v = load_half(t.values + j * t.head_dim + d);
+      for (int h = 0; h < Heads; ++h) acc[h] = fma(all(weights[h * t.count_padded + j]), v, acc[h]);
+    }
+    for (int h = 0; h < Heads; ++h) store(t.out + (first_head + h) * t.head_dim + d, acc[h]);
+  }
+}
+
+template <int Heads>
+void decode_heads(const DecodeTask& t, int64_t first_head) {
+  float* scores = t.scratch;
+  decode_scores<Heads>(t, first_head, scores);
+  for (int h = 0; h < Heads; ++h) {
+    float* row = scores + h * t.count_padded;
+    for (int64_t j = t.count; j < t.count_padded; ++j) row[j] = kHidden;
+    Floats top = all(kHidden);
+    for (int64_t j = 0; j < t.count_padded; j += kLanes) top = max(top, load(row + j));
+    const float maximum = largest(top);
+    Floats total = zeros();
+    for (int64_t j = 0; j < t.count_padded; j += kLanes) {
+      const Floats weight = exponential(sub(load(row + j), all(maximum)));
+      store(row + j, weight);
+      total = add(total, weight);
+    }
+    t.maxima[first_head + h] = maximum;
+    t.sums[first_head + h] = sum(total);
+  }
+  decode_values<Heads>(t, first_head, scores);
+}
+
+void decode(const DecodeTask& t) {
+  int64_t h = 0;
+  for (; h + kHeadsAtOnce <= t.heads; h += kHeadsAtOnce) decode_heads<kHeadsAtOnce>(t, h);
+  switch (t.heads - h) {
+    case 3: return decode_heads<3>(t, h);
+    case 2: return decode_heads<2>(t, h);
+    case 1: return decode_heads<1>(t, h);
+    default: return;
+  }
+}
+
+// One block of keys and values as floats, zeros past `count`.
+void widen_block(const uint16_t* from, int64_t count, int64_t head_dim, float* to) {
+  for (int64_t i = 0; i < count * head_dim; i += kLanes) store(to + i, load_half(from + i));
+  std::memset(to + count * head_dim, 0, (kKeyBlock - count) * head_dim * sizeof(float));
+}
+
+// Sixteen query rows against one block of keys: scores[j] has a lane for each row.
+void block_scores(const float* q, const float* keys, int64_t head_dim, float* scores) {
+  constexpr int kAtOnce = 8;
+  for (int j = 0; j < kKeyBlock; j += kAtOnce) {
+    Floats acc[kAtOnce];
+    for (int k = 0; k < kAtOnce; ++k) acc[k] = zeros();
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const Floats rows = load(q + d * kLanes);
+      for (int k = 0; k < kAtOnce; ++k) acc[k] = fma(rows, all(keys[(j + k) * head_dim + d]), acc[k]);
+    }
+    for (int k = 0; k < kAtOnce; ++k) store(scores + (j + k) * kLanes, acc[k]);
+  }
+}
+
+// out[row] = out[row] * shrink[row] + sum_j weights[j][row] * values[j], for sixteen rows.
+void block_values(const float* weights, const float* values, const float* shrink, int64_t head_dim, float* out) {
+  constexpr int kRows = 4;
+  for (int r = 0; r < kLanes; r += kRows) {
+    for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
+      const bool both = d + kLanes < head_dim;
+      Floats acc[kRows][2];
+      for (int i = 0; i < kRows; ++i) {
+        const Floats factor = all(shrink[r + i]);
+        acc[i][0] = mul(load(out + (r + i) * head_dim + d), factor);
+        acc[i][1] = both ? mul(load(out + (r + i) * head_dim + d + kLanes), factor) : zeros();
+      }
+      for (int j = 0; j < kKeyBlock; ++j) {
+        const Floats v0 = load(values + j * head_dim + d);
+        const Floats v1 = both ? load(values + j * head_dim + d + kLanes) : zeros();
+        for (int i = 0; i < kRows; ++i) {
+          const Floats weight = all(weights[j * kLanes + r + i]);
+          acc[i][0] = fma(weight, v0, acc[i][0]);
+          acc[i][1] = fma(weight, v1, acc[i][1]);
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        store(out + (r + i) * head_dim + d, acc[i][0]);
+        if (both) store(out + (r + i) * head_dim + d + kLanes, acc[i][1]);
+      }
+    }
+  }
+}
+
+// Row r of the work is token r / heads, head r % heads.
+void attend(const AttentionTask& t) {
+  const int64_t rows = t.tokens * t.heads, groups = (rows + kLanes - 1) / kLanes, d = t.head_dim;
+  float* keys = t.scratch;
+  float* values = keys + kKeyBlock * d;
+  float* scores = values + kKeyBlock * d;
+  float* q = scores + kKeyBlock * kLanes;         // [groups][head_dim][16]
+  float* out = q + groups * d * kLanes;           // [groups * 16][head_dim]
+  float* maxima = out + groups * kLanes * d;      // [groups * 16]
+  float* sums = maxima + groups * kLanes;
+  float* position = sums + groups * kLanes;
+  std::memset(q, 0, sizeof(float) * groups * kLanes * d * 2);
+  for (int64_t r = 0; r < groups * kLanes; ++r) {
+    const int64_t token = r < rows ? r / t.heads : t.tokens - 1;
+    position[r] = static_cast<float>(t.first + token);
+    maxima[r] = kHidden;
+    sums[r] = 0.0f;
+    if (r >= rows) continue;
+    const float* from = t.q + token * t.q_stride + (r % t.heads) * d;
+    for (int64_t i = 0; i < d; ++i) q[(r / kLanes * d + i) * kLanes + r % kLanes] = from[i] * t.scale;
+  }
+  const int64_t end = t.first + t.tokens;
+  int64_t begin = t.window > 0 && t.first >= t.window ? t.first - t.window + 1 : 0;
+  begin -= begin % kKeyBlock;
+  for (int64_t from = begin; from < end; from += kKeyBlock) {
+    const int64_t count = end - from < kKeyBlock ? end - from : kKeyBlock;
+    widen_block(t.keys + from * d, count, d, keys);
+    widen_block(t.values + from * d, count, d, values);
+    for (int64_t g = 0; g < groups; ++g) {
+      const Floats at = load(position + g * kLanes);
+      const float first_row = position[g * kLanes];
+      if (static_cast<float>(from) > position[g * kLanes + kLanes - 1]) continue;  // all of it lies ahead
+      block_scores(q + g * d * kLanes, keys, d, scores);
+      const bool masked = static_cast<float>(from + kKeyBlock - 1) > first_row || t.window > 0;
+      Floats top = load(maxima + g * kLanes);
+      for (int j = 0; j < kKeyBlock; ++j) {
+        Floats s = load(scores + j * kLanes);
+        if (masked) {
+          const Floats ahead = sub(at, all(static_cast<float>(from + j)));
+          s = fma(min(ahead, zeros()), all(1e30f), s);
+          if (t.window > 0) s = fma(min(sub(all(static_cast<float>(t.window - 1)), ahead), zeros()), all(1e30f), s);
+          store(scores + j * kLanes, s);
+        }
+        top = max(top, s);
+      }
+      const Floats before = load(maxima + g * kLanes), shrink = exponential(sub(before, top));
+      Floats total = mul(load(sums + g * kLanes), shrink);
+      for (int j = 0; j < kKeyBlock; ++j) {
+        const Floats weight = exponential(sub(load(scores + j * kLanes), top));
+        store(scores + j * kLanes, weight);
+        total = add(total, weight);
+      }
+      store(maxima + g * kLanes, top);
+      store(sums + g * kLanes, total);
+      float factors[kLanes];
+      store(factors, shrink);
+      block_values(scores, values, factors, d, out + g * kLanes * d);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = t.out + (r / t.heads) * t.q_stride + (r % t.heads) * d;
+    const Floats inverse = all(1.0f / sums[r]);
+    for (int64_t i = 0; i < d; i += kLanes) store(to + i, mul(load(out + r * d + i), inverse));
+  }
+}
+
+}  // namespace
+}  // namespace edgekit

@@ -1,0 +1,252 @@
+// y = x W^T over the tiles of path.h, written once for all instruction sets against the sixteen-lane vectors of vec_*.h.
+//
+// Activations are 8-bit codes with a scale a block, so a block contributes
+//
+//   scale_w * scale_x * (sum q_w q_x - zero * sum q_x)        (kMinimum: ... + minimum * scale_x * sum q_x)
+//
+// in integers up to the scales. The integer accumulator starts at -zero * sum q_x, so symmetric weights cost no more
+// than bare dot products. kMaxRows rows of activations share each unpacking of the weights.
+
+namespace edgekit {
+namespace {
+
+constexpr int kMaxRows = 8;
+
+// Columns of 32 of one tile as 8 vectors of codes.
+template <int Bits>
+inline void unpack(const uint8_t* p, Bytes* codes) {
+  if constexpr (Bits == 4) {
+    for (int g = 0; g < 4; ++g) {
+      const Bytes both = load_bytes(p + 64 * g);
+      codes[g] = low_halves(both);
+      codes[g + 4] = high_halves(both);
+    }
+  } else {
+    for (int g = 0; g < 8; ++g) codes[g] = wide(load_bytes(p + 64 * g));
+  }
+}
+
+template <int Bits>
+constexpr int zero_of() {
+  return Bits == 4 ? 8 : kWideZero;
+}
+
+// The products of one tile with Rows rows of activations, from row `first`.
+template <int Bits, Offset Kind, int Rows>
+inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
+  const int64_t blocks = w.blocks();
+  const int groups = w.block / 32;
+  constexpr int kGroupBytes = kLanes * 32 * Bits / 8;
+  const uint8_t* codes = w.codes + tile * w.tile_codes();
+  const uint16_t* scales = w.scales + tile * blocks * kLanes;
+  const uint8_t* zero_points = static_cast<const uint8_t*>(w.offsets) + tile * blocks * kLanes;
+  const uint16_t* minima = static_cast<const uint16_t*>(w.offsets) + tile * blocks * kLanes;
+  for (int m = 0; m < Rows; ++m) sums[m] = zeros();
+  for (int64_t b = 0; b < blocks; ++b) {
+    Ints acc[Rows];
+    for (int m = 0; m < Rows; ++m) {
+      const int32_t sum = x.sums[(first + m) * blocks + b];
+      // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and other offsets are shifted below.
+      acc[m] = all(Kind == Offset::kSymmetric ? -zero_of<Bits>() * sum : 0);
+    }
+    for (int g = 0; g < groups; ++g) {
+      Bytes unpacked[8];
+      unpack<Bits>(codes, unpacked);
+      prefetch(codes + 8 * kGroupBytes);
+      codes += kGroupBytes;
+      for (int m = 0; m < Rows; ++m) {
+        const int8_t* row = x.codes + (first + m) * x.width + b * w.block + 32 * g;
+        for (int k = 0; k < 8; ++k) acc[m] = dot(acc[m], unpacked[k], row + 4 * k);
+      }
+    }
+    const Floats scale = load_half(scales + b * kLanes);
+    Floats offset = zeros();
+    if constexpr (Kind == Offset::kZeroPoint) {
+      const Floats shift = all(static_cast<float>(Bits == 8 ? 128 - kWideZero : 0));
+      offset = mul(sub(shift, widen(zero_points + b * kLanes)), scale);
+    } else if constexpr (Kind == Offset::kMinimum) {
+      offset = load_half(minima + b * kLanes);
+      if constexpr (Bits == 8 && kWideZero == 0) offset = fma(scale, all(128.0f), offset);
+    }
+    for (int m = 0; m < Rows; ++m) {
+      const int64_t at = (first + m) * blocks + b;
+      const Floats scale_x = all(x.scales[at]);
+      sums[m] = fma(to_float(acc[m]), mul(scale, scale_x), sums[m]);
+      if constexpr (Kind != Offset::kSymmetric) {
+        sums[m] = fma(offset, all(x.scales[at] * static_cast<float>(x.sums[at])), sums[m]);
+      }
+    }
+  }
+}
+
+// e^x to about 2 ulp for x <= 88, and 0 far below: 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2.
+inline Floats exponential(Floats x) {
+  x = max(min(x, all(88.0f)), all(-87.0f));
+  const Floats n = round(mul(x, all(1.44269504088896341f)));
+  Floats r = fma(n, all(-0.693359375f), x);
+  r = fma(n, all(2.12194440e-4f), r);
+  Floats p = all(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = fma(p, r, all(c));
+  }
+  p = fma(mul(p, r), r, add(r, all(1.0f)));
+  return scale_by_power(p, n);
+}
+
+inline Floats silu(Floats x) { return div(x, add(all(1.0f), exponential(sub(zeros(), x)))); }
+
+// Store the lanes of one tile that are rows of the matrix.
+inline void finish(const Epilogue& end, Floats value, float* y, int64_t at, int64_t column, int64_t rows) {
+  const int64_t count = rows - column < kLanes ? rows - column : kLanes;
+  if (count == kLanes) {
+    if (end.bias && !end.gated) value = add(value, load(end.bias + column));
+    if (end.residual) value = add(value, load(end.residual + at));
+    store(y + at, value);
+    return;
+  }
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int64_t i = 0; i < count; ++i) {
+    if (end.bias && !end.gated) lanes[i] += end.bias[column + i];
+    if (end.residual) lanes[i] += end.residual[at + i];
+    y[at + i] = lanes[i];
+  }
+}
+
+template <int Bits, Offset Kind, int Rows>
+void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
+                  int64_t first) {
+  Floats sums[Rows];
+  if (!end.gated) {
+    tile_product<Bits, Kind, Rows>(w, tile, x, first, sums);
+    for (int m = 0; m < Rows; ++m) {
+      finish(end, sums[m], y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows);
+    }
+    return;
+  }
+  Floats up[Rows];
+  tile_product<Bits, Kind, Rows>(w, 2 * tile, x, first, sums);
+  tile_product<Bits, Kind, Rows>(w, 2 * tile + 1, x, first, up);
+  for (int m = 0; m < Rows; ++m) {
+    const Floats value = mul(silu(sums[m]), up[m]);
+    finish(end, value, y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows / 2);
+  }
+}
+
+template <int Bits, Offset Kind>
+void tiles_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
+                   int64_t last) {
+  for (int64_t tile = first; tile < last; ++tile) {
+    int64_t row = 0;
+    for (; row + kMaxRows <= x.rows; row += kMaxRows) rows_product<Bits, Kind, kMaxRows>(w, x, end, y, stride, tile, row);
+    for (; row + 2 <= x.rows; row += 2) rows_product<Bits, Kind, 2>(w, x, end, y, stride, tile, row);
+    if (row < x.rows) rows_product<Bits, Kind, 1>(w, x, end, y, stride, tile, row);
+  }
+}
+
+template <int Bits>
+void multiply_bits(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
+                   int64_t last) {
+  switch (w.offset) {
+    case Offset::kSymmetric: return tiles_product<Bits, Offset::kSymmetric>(w, x, end, y, stride, first, last);
+    case Offset::kZeroPoint: return tiles_product<Bits, Offset::kZeroPoint>(w, x, end, y, stride, first, last);
+    case Offset::kMinimum: return tiles_product<Bits, Offset::kMinimum>(w, x, end, y, stride, first, last);
+  }
+}
+
+void multiply(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
+              int64_t last) {
+  if (w.bits == 4) {
+    multiply_bits<4>(w, x, end, y, stride, first, last);
+  } else {
+    multiply_bits<8>(w, x, end, y, stride, first, last);
+  }
+}
+
+void quantize(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
+              int64_t first, int64_t last) {
+  float values[128];
+  for (int64_t row = first; row < last; ++row) {
+    const float* in = x + row * columns;
+    float gain = 1.0f;
+    if (norm) {
+      Floats squares = zeros();
+      int64_t i = 0;
+      for (; i + kLanes <= columns; i += kLanes) squares = fma(load(in + i), load(in + i), squares);
+      float total = sum(squares);
+      for (; i < columns; ++i) total += in[i] * in[i];
+      gain = 1.0f / std::sqrt(total / static_cast<float>(columns) + epsilon);
+    }
+    for (int64_t b = 0; b < out.blocks; ++b) {
+      const int64_t from = b * block, count = columns - from < block ? columns - from : block;
+      Floats top = zeros();
+      for (int i = 0; i < block; i += kLanes) {
+        if (i + kLanes <= count) {
+          Floats v = load(in + from + i);
+          if (norm) v = mul(mul(v, all(gain)), load(norm + from + i));
+          store(values + i, v);
+          top = max(top, magnitude(v));
+        } else {
+          for (int j = i; j < i + kLanes; ++j) {
+            values[j] = j < count ? in[from + j] * (norm ? gain * norm[from + j] : 1.0f) : 0.0f;
+          }
+          top = max(top, magnitude(load(values + i)));
+        }
+      }
+      const float peak = largest(top);
+      const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
+      int32_t total = 0;
+      int8_t* codes = out.codes + row * out.width + from;
+      for (int i = 0; i < block; i += kLanes) {
+        total += store_codes(codes + i, round(mul(load(values + i), all(inverse))));
+      }
+      out.scales[row * out.blocks + b] = peak / 127.0f;
+      out.sums[row * out.blocks + b] = total;
+    }
+  }
+}
+
+void matrix_row(const Matrix& w, int64_t row, float* out) {
+  const int64_t tile = row / kLanes, lane = row % kLanes, blocks = w.blocks();
+  const int group_bytes = kLanes * 32 * w.bits / 8;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t at = (tile * blocks + b) * kLanes;
+    float lanes[kLanes];
+    store(lanes, load_half(w.scales + at));
+    const float scale = lanes[lane];
+    float zero = static_cast<float>(1 << (w.bits - 1)), minimum = 0.0f;
+    if (w.offset == Offset::kZeroPoint) zero = static_cast<const uint8_t*>(w.offsets)[at + lane];
+    if (w.offset == Offset::kMinimum) {
+      store(lanes, load_half(static_cast<const uint16_t*>(w.offsets) + at));
+      minimum = lanes[lane];
+      zero = 0.0f;
+    }
+    const uint8_t* codes = w.codes + tile * w.tile_codes() + b * kLanes * w.block * w.bits / 8;
+    for (int i = 0; i < w.block && b * w.block + i < w.columns; ++i) {
+      const uint8_t* group = codes + (i / 32) * group_bytes;
+      const int k = i % 32;
+      uint8_t code;
+      if (w.bits == 4) {
+        const uint8_t both = group[64 * (k % 16 / 4) + 4 * lane + k % 4];
+        code = k < 16 ? both & 15 : both >> 4;
+      } else {
+        code = group[64 * (k / 4) + 4 * lane + k % 4];
+      }
+      out[b * w.block + i] = scale * (static_cast<float>(code) - zero) + minimum;
+    }
+  }
+}
+
+void floats_to_half(const float* x, uint16_t* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_half(out + i, load(x + i));
+  if (i == count) return;
+  float lanes[kLanes] = {};
+  uint16_t halves[kLanes];
+  std::memcpy(lanes, x + i, (count - i) * sizeof(float));
+  store_half(halves, load(lanes));
+  std::memcpy(out + i, halves, (count - i) * sizeof(uint16_t));
+}
+
+}  // namespace
+}  // namespace edgekit

@@ -1,0 +1,74 @@
+// Sixteen lanes in one 512-bit register: AVX-512 with VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace edgekit {
+namespace {
+
+struct Floats {
+  __m512 v;
+};
+struct Ints {
+  __m512i v;
+};
+struct Bytes {  // 16 lanes of 4 bytes
+  __m512i v;
+};
+
+constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
+
+inline Floats zeros() { return {_mm512_setzero_ps()}; }
+inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline Floats load_half(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_half(uint16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+// x * 2^n for whole n, |n| < 127
+inline Floats scale_by_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+
+inline Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Floats to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+// 16 whole floats in -127..127 as signed bytes; returns their sum
+inline int32_t store_codes(int8_t* p, Floats x) {
+  const __m512i whole = _mm512_cvtps_epi32(x.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(whole));
+  return _mm512_reduce_add_epi32(whole);
+}
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes low_halves(Bytes b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
+inline Bytes high_halves(Bytes b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
+inline Bytes wide(Bytes b) { return b; }  // 8-bit codes in the form that `dot` wants
+
+// acc + the sum over each lane's 4 bytes of code * x, x being 4 signed bytes, the same for all lanes
+inline Ints dot(Ints acc, Bytes codes, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
+}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace edgekit

@@ -1,0 +1,50 @@
+"""The one table of our operators: domain ai.edgekit, version 1.
+
+Quantised weights come in tiles of sixteen rows (`edgekit.kernels.pack`): `codes`, `scales`, `zeros` and `minima`. Where
+all rows share the zero point, `zeros` holds that one number, and where nothing is added, `minima`, `bias` or `residual`
+hold a single zero. So no input is ever absent, and each operator means one formula. W is the (N, K) matrix of values
+scale * (code - zero) + minimum.
+
+    QuantLinear            y = x W^T + bias + residual
+    NormQuantLinear        y = n W^T + bias,                       n = RMSNorm(x) * norm
+    GatedNormQuantLinear   y = silu(n Wg^T) * (n Wu^T),            the tiles of Wg and Wu take turns
+    QuantEmbedding         y = W[ids]
+    Attention              rotary embedding of q and k, k and v appended to the cache, softmax(q k^T / sqrt(d)) v, causal
+    NormAttention          the same after RMSNorm of each q and k head
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "ai.edgekit"
+VERSION = 1
+
+_WEIGHTS = ("codes", "scales", "zeros", "minima")
+_MATRIX = ("N", "K", "bits", "block")
+_CACHE = ("qkv", "past_key", "past_value", "last", "cos", "sin")
+_HEADS = ("num_heads", "kv_num_heads", "head_dim", "local_window_size")
+_PRESENT = ("y", "present_key", "present_value")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator's inputs, outputs and attributes, in order. All are required."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual"), ("y",), _MATRIX),
+        Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias"), ("y",), (*_MATRIX, "epsilon")),
+        Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS), ("y",), (*_MATRIX, "epsilon")),
+        Op("QuantEmbedding", ("ids", *_WEIGHTS), ("y",), _MATRIX),
+        Op("Attention", _CACHE, _PRESENT, _HEADS),
+        Op("NormAttention", (*_CACHE, "q_norm", "k_norm"), _PRESENT, (*_HEADS, "epsilon")),
+    )
+}

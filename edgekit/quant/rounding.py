@@ -1,0 +1,173 @@
+"""The steps `quant.int8` and `quant.int4`: round every matrix of the model to the nearest grid point.
+
+Linear layers of all decoder layers go to the step's own bits; the token table and the head (a third of a small model,
+and its most sensitive matrices) have an option of their own. A tied table is stored once and rounded once. Norms and
+biases stay float. No data is needed, and a matrix that lies on the grid already is kept exactly.
+The grid itself, and the error that it can make at most: `edgekit.quant.grid`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from edgekit.checkpoint import Block, Checkpoint
+from edgekit.errors import UserError
+from edgekit.manifest import Skip
+from edgekit.quant.grid import CHUNK_WEIGHTS, Bits, BlockSize, Grid, round_to_grid, squared_error
+from edgekit.step import Changes, Fact, MatrixOutline, Needs, Outline, Prediction, StepContext
+from edgekit.weight import Dense, Floats, Weight
+
+Embedding = Literal["int4", "int8", "keep"]
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Eight bits a weight.
+
+    block: columns that share a scale. symmetric: no zero points. embedding: what becomes of the token table and the
+    head; int8 is symmetric there, int4 as `symmetric` says, keep leaves them float. skip: patterns of module paths to
+    leave alone, such as `*.down_proj` or `model.layers.0.*`.
+    """
+
+    name: ClassVar[str] = "quant.int8"
+    needs: ClassVar[Needs] = "weights"
+    bits: ClassVar[Bits] = 8
+    block: BlockSize = 32
+    symmetric: bool = True
+    embedding: Embedding = "int8"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        return _check_patterns(self, checkpoint)
+
+    def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
+        return _apply(self, block)
+
+    def predict(self, outline: Outline, context: StepContext) -> Prediction:
+        return _predict(self, outline)
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Four bits a weight, and eight for the token table and the head unless told otherwise. Options as in `Int8`."""
+
+    name: ClassVar[str] = "quant.int4"
+    needs: ClassVar[Needs] = "weights"
+    bits: ClassVar[Bits] = 4
+    block: BlockSize = 32
+    symmetric: bool = False
+    embedding: Embedding = "int8"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        return _check_patterns(self, checkpoint)
+
+    def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
+        return _apply(self, block)
+
+    def predict(self, outline: Outline, context: StepContext) -> Prediction:
+        return _predict(self, outline)
+
+
+def _check_options(step: Int4 | Int8) -> None:
+    Grid(step.bits, step.block, step.symmetric)
+    if step.embedding not in get_args(Embedding):
+        raise UserError(f"embedding must be one of {', '.join(get_args(Embedding))}: got {step.embedding!r}")
+    if not isinstance(step.skip, tuple):
+        raise UserError(f"skip must be a list of patterns: got {step.skip!r}")
+
+
+def _check_patterns(step: Int4 | Int8, checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, when each pattern of `skip` matches something; one that does not is a slip of the pen."""
+    modules = [module for matrices, _ in checkpoint.blocks.values() for module in matrices]
+    for pattern in step.skip:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            raise UserError(
+                f"{step.name}: each pattern of skip must match a module: {pattern!r} matches none;"
+                f" modules are named as {modules[len(modules) // 2]}"
+            )
+    return checkpoint
+
+
+def _grid_for(step: Int4 | Int8, module: str, shape: tuple[int, int], *, dense: bool) -> Grid | Skip:
+    """The grid for one matrix, or why it stays as it is."""
+    grid = Grid(step.bits, step.block, step.symmetric)
+    for pattern in step.skip:
+        if fnmatchcase(module, pattern):
+            return Skip(module, f"matches the pattern {pattern} of skip")
+    if not dense:
+        return Skip(module, "is quantised already")
+    if not module.startswith("model.layers."):
+        if step.embedding == "keep":
+            return Skip(module, "embedding is to be kept")
+        grid = Grid(8, step.block, True) if step.embedding == "int8" else Grid(4, step.block, step.symmetric)
+    if shape[1] < grid.block:
+        return Skip(module, f"its width {shape[1]} is below the block of {grid.block}")
+    return grid
+
+
+def _apply(step: Int4 | Int8, block: Block) -> tuple[Block, Changes]:
+    matrices: dict[str, Weight] = {}
+    errors: list[tuple[float, float]] = []
+    skipped: list[Skip] = []
+    for module, weight in block.matrices.items():
+        grid = _grid_for(step, module, weight.shape, dense=isinstance(weight, Dense))
+        if isinstance(grid, Skip):
+            skipped.append(grid)
+            matrices[module] = weight
+            continue
+        W = weight.dense()
+        rounded = round_to_grid(W, grid, where=module)
+        errors.append(squared_error(W, rounded))
+        matrices[module] = rounded
+    changes = Changes(len(errors), _facts(errors) if errors else {}, tuple(skipped))
+    return Block(block.name, matrices, block.vectors), changes
+
+
+def _facts(errors: list[tuple[float, float]]) -> dict[str, Fact]:
+    """From (squared error, squared norm) of each matrix."""
+    relative = [math.sqrt(error / power) if power else 0.0 for error, power in errors]
+    error, power = (math.fsum(column) for column in zip(*errors, strict=True))
+    return {
+        "relative_error": Fact(math.sqrt(error / power) if power else 0.0, "rms", power),
+        "worst_relative_error": Fact(max(relative), "max"),
+    }
+
+
+def _predict(step: Int4 | Int8, outline: Outline) -> Prediction:
+    matrices: dict[str, MatrixOutline] = {}
+    seconds = 0.0
+    for module, matrix in outline.matrices.items():
+        grid = _grid_for(step, module, matrix.shape, dense=matrix.dense)
+        if isinstance(grid, Skip):
+            matrices[module] = matrix
+            continue
+        matrices[module] = MatrixOutline(matrix.shape, grid.size_bytes(matrix.shape), dense=False)
+        seconds += math.prod(matrix.shape) * _seconds_a_weight(grid)
+    return Prediction(Outline(outline.name, matrices, outline.vector_bytes), seconds, 8 * 4 * CHUNK_WEIGHTS)
+
+
+@functools.cache
+def _seconds_a_weight(grid: Grid) -> float:
+    """What rounding one weight and taking its error costs here: the better of two timings of a small matrix."""
+    W: Floats = np.random.default_rng(0).standard_normal((512, 2048), np.float32)
+
+    def timed() -> float:
+        started = time.perf_counter()
+        squared_error(W, round_to_grid(W, grid, where="timing"))
+        return time.perf_counter() - started
+
+    return min(timed(), timed()) / W.size

@@ -1,0 +1,195 @@
+"""From the logits of one position to the next token.
+
+The filters act in this order, each on what the one before has left:
+
+1. repetition penalty r (Keskar et al. 2019, CTRL, section 4.1): the logit z of each token among the last
+   `repetition_window` becomes z / r where z >= 0 and z * r where z < 0, once, however often the token occurred;
+2. temperature T: z / T. T = 0 is greedy: the largest logit, the lowest id of equal ones; 3 to 5 do not apply;
+3. top-k: the k largest logits, and all that are equal to the k-th;
+4. top-p (Holtzman et al. 2020, section 3.1): the smallest set of the most probable tokens whose probability reaches p;
+5. min-p (Nguyen et al. 2024): the tokens at least min_p times as probable as the most probable one.
+
+The distribution is that of the logits processors in transformers. Of several equal probabilities at the edge of top-p
+there the sort chooses, here the lower ids stay; float32 weights under 1e-38 of the largest are dropped. Only a
+distribution so flat that its nucleus holds much of the vocabulary is sorted as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import ModelError, UserError
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token; each default switches its filter off, so `Sampling()` is greedy.
+
+    `seed` makes a `Sampler` repeat its choices; None takes one from the operating system.
+    Raises UserError for a value outside of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("temperature", "at least 0 (0 is greedy)", 0 <= self.temperature < math.inf),
+            ("top_k", "at least 0 (0 is off)", self.top_k >= 0),
+            ("top_p", "above 0 and at most 1 (1 is off)", 0 < self.top_p <= 1),
+            ("min_p", "from 0 (off) to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0 (1 is off)", 0 < self.repetition_penalty < math.inf),
+            ("repetition_window", "at least 1 token", self.repetition_window >= 1),
+            ("seed", "at least 0, or none", self.seed is None or self.seed >= 0),
+        )
+        for name, rule, holds in rules:
+            if not holds:
+                raise UserError(f"{name} must be {rule}: got {getattr(self, name)}")
+
+
+class Choice(NamedTuple):
+    """A chosen token and the natural logarithm of its probability before all filters."""
+
+    token: int
+    logprob: float
+
+
+def filtered_probabilities(
+    logits: NDArray[np.float32], history: Sequence[int], sampling: Sampling
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens that may come next, and how probable each one is.
+
+    Arguments: `logits` (V,) float32; it is not changed. `history`: the tokens so far, oldest first.
+    Returns: ids (n,) int64, ascending; probabilities (n,) float64, all positive, of sum 1; 1 <= n <= V.
+    Raises: ModelError for a logit that is NaN or +inf, when all are -inf, and for a history that is not of this
+    vocabulary.
+    """
+    if sampling.temperature == 0:
+        return np.array([_peak(_penalised(logits, history, sampling))]), np.ones(1)
+    ids, weights = _weights(logits, history, sampling)
+    probabilities = weights.astype(np.float64)
+    return np.arange(weights.size) if ids is None else ids, probabilities / probabilities.sum()
+
+
+class Sampler:
+    """Chooses tokens by one `Sampling`, with random numbers of its own (PCG64): one for each generated text."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
+        """The next token's id. Arguments and errors: see `filtered_probabilities`."""
+        if self.sampling.temperature == 0:
+            return _peak(_penalised(logits, history, self.sampling))
+        ids, weights = _weights(logits, history, self.sampling)
+        target = self._random.random() * float(weights.sum(dtype=np.float64))
+        drawn = _running_sum_index(weights, target, side="right")
+        return drawn if ids is None else int(ids[drawn])
+
+    def choose(self, logits: NDArray[np.float32], history: Sequence[int]) -> Choice:
+        """The next token with its log-probability; costs one pass of `exp` over the vocabulary more than a call."""
+        token = self(logits, history)
+        peak = logits.max()
+        with np.errstate(over="ignore"):
+            total = np.exp(logits - peak).sum(dtype=np.float64)
+        return Choice(token, float(logits[token]) - float(peak) - math.log(total))
+
+
+def _penalised(logits: NDArray[np.float32], history: Sequence[int], sampling: Sampling) -> NDArray[np.float32]:
+    """`logits` after the repetition penalty: a copy if anything changes."""
+    if logits.ndim != 1 or logits.size == 0:
+        raise ModelError(f"logits must be one row with a value for each token: got shape {logits.shape}")
+    if sampling.repetition_penalty == 1 or len(history) == 0:
+        return logits
+    recent = np.unique(np.asarray(history[-sampling.repetition_window :], dtype=np.int64))
+    if recent[0] < 0 or recent[-1] >= logits.size:
+        wrong = recent[0] if recent[0] < 0 else recent[-1]
+        raise ModelError(f"a token must have a logit: got token {wrong} of {logits.size}; is it another tokenizer?")
+    penalised = logits.copy()
+    old, penalty = logits[recent], np.float32(sampling.repetition_penalty)
+    with np.errstate(over="ignore"):
+        penalised[recent] = np.where(old < 0, old * penalty, old / penalty)
+    return penalised
+
+
+def _peak(scores: NDArray[np.float32]) -> int:
+    """The lowest id of the largest score. One pass finds what is wrong too: NaN and +inf count as the largest."""
+    peak = int(scores.argmax())
+    if math.isfinite(scores[peak]):
+        return peak
+    if scores[peak] == -math.inf:
+        raise ModelError(f"a token must be possible: got -inf for all {scores.size} logits")
+    raise ModelError(f"logits must be finite: got {scores[peak]} for token {peak} of {scores.size}")
+
+
+def _weights(
+    logits: NDArray[np.float32], history: Sequence[int], sampling: Sampling
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    """The ids that the filters leave, ascending (None: all), and their probabilities relative to the largest one."""
+    scores = _penalised(logits, history, sampling)
+    peak = scores[_peak(scores)]
+    ids = None
+    if 0 < sampling.top_k < scores.size:
+        ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
+        scores = scores[ids]
+    with np.errstate(over="ignore"):  # to -inf, whose weight is 0 as it should be
+        weights = scores - peak
+        weights /= np.float32(max(sampling.temperature, _TINY))
+        np.exp(weights, out=weights)
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+    floor = max(sampling.min_p, _TINY)
+    if weights.min() < floor:
+        kept = np.flatnonzero(weights >= floor)
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+    return ids, weights
+
+
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """Where the fewest of the largest weights lie whose sum reaches `top_p` of all, ascending.
+
+    The nucleus lies above each floor that leaves enough weight above it, so floors are tried downwards until one does,
+    and only what lies above that one is sorted: a few dozen tokens of a language model, all of a flat distribution.
+    """
+    needed = top_p * float(weights.sum(dtype=np.float64))
+    for floor in (2.0**-4, 2.0**-10, 2.0**-16, 0.0):
+        above = np.flatnonzero(weights >= floor)
+        candidates = weights[above]
+        if float(candidates.sum(dtype=np.float64)) >= needed:
+            break
+    descending = np.sort(candidates)[::-1]
+    count = 1 + _running_sum_index(descending, needed, side="left")
+    kept: NDArray[np.int64] = above[candidates >= descending[count - 1]]
+    if kept.size > count:
+        ties = np.flatnonzero(weights[kept] == descending[count - 1])
+        return np.delete(kept, ties[count - kept.size :])
+    return kept
+
+
+def _running_sum_index(weights: NDArray[np.float32], target: float, *, side: Literal["left", "right"]) -> int:
+    """The first index at which the running sum reaches `target` (left) or passes it (right); the last one if none does.
+
+    In two steps, first to a block and then inside it: a running sum over a vocabulary costs more than its `exp`.
+    """
+    starts = np.arange(0, weights.size, 256)
+    sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
+    block = min(int(np.searchsorted(sums, target, side=side)), starts.size - 1)
+    inside = np.cumsum(weights[starts[block] : starts[block] + 256], dtype=np.float64)
+    rest = target - (sums[block - 1] if block else 0.0)
+    # The two sums round differently: what lies past the last weight of a block belongs to that weight.
+    return int(starts[block]) + min(int(np.searchsorted(inside, rest, side=side)), inside.size - 1)

@@ -1,0 +1,211 @@
+"""A step: one change that a recipe makes to a model, block by block.
+
+The runner (`edgekit.compress`) calls a step in three ways, in this order:
+
+    prepare(checkpoint) -> checkpoint    once, before anything is read: refuse, or change config and tensor names lazily
+    predict(outline, context)            for --dry-run: what a block becomes, from shapes alone
+    apply(block, context)                for each block in the order of the model: embedding, layers.0 ..., final
+
+`apply` is a pure function of the step, the block and the context. A run can therefore be killed and resumed, and gives
+the same bytes. What a step cannot treat it leaves alone and says so in `Changes.skipped`; it never prints.
+
+`needs` says what a step must see, so that one runner can serve every family:
+
+    weights        a block's weights are enough. The only kind there is so far
+    activations    calibration: the runner will give `StepContext` the inputs that the blocks before this one, already
+                   compressed, produced, and will run the block again after the step to have those of the next
+    model          merging, healing: the step works between two streams, from one finished folder to the next
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, cast
+
+from numpy.typing import NDArray
+
+from edgekit.checkpoint import Block, Checkpoint, TensorReader
+from edgekit.errors import UserError
+from edgekit.manifest import Skip
+from edgekit.model.config import DecoderConfig
+from edgekit.schema import nearest
+
+Needs = Literal["weights", "activations", "model"]
+
+STEPS = {
+    "quant.int4": "edgekit.quant.rounding:Int4",
+    "quant.int8": "edgekit.quant.rounding:Int8",
+    "quant.rotate": "edgekit.quant.rotate:Rotate",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number about one block that can be joined over blocks: summed, averaged by `weight`, or its maximum taken.
+
+    `rms` joins relative errors: weighted by the squared norm, it gives the relative error of all blocks together.
+    """
+
+    value: float
+    how: Literal["sum", "mean", "rms", "max"]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a step did to one block: matrices changed, numbers about them, and what it left alone and why."""
+
+    changed: int = 0
+    facts: dict[str, Fact] = field(default_factory=dict)
+    skipped: tuple[Skip, ...] = ()
+
+
+def join_facts(blocks: Iterable[Mapping[str, Fact]]) -> dict[str, float]:
+    """The facts of all blocks, each name joined as its facts say; a weight of 0 everywhere gives 0."""
+    by_name: dict[str, list[Fact]] = {}
+    for facts in blocks:
+        for name, fact in facts.items():
+            by_name.setdefault(name, []).append(fact)
+    return {name: _join(facts) for name, facts in by_name.items()}
+
+
+def _join(facts: Sequence[Fact]) -> float:
+    how = facts[0].how
+    assert all(fact.how == how for fact in facts), "a fact is joined in one way"
+    if how == "max":
+        return max(fact.value for fact in facts)
+    if how == "sum":
+        return math.fsum(fact.value for fact in facts)
+    power = 2 if how == "rms" else 1
+    weight = math.fsum(fact.weight for fact in facts)
+    total = math.fsum(fact.weight * fact.value**power for fact in facts)
+    return float((total / weight) ** (1 / power)) if weight else 0.0
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step may know beside the block in its hands: the facts of the prepared model, and the recipe's seed."""
+
+    decoder: DecoderConfig
+    seed: int
+
+
+@dataclass(frozen=True)
+class MatrixOutline:
+    """A matrix without its numbers: (out, in), bytes in its folder, and whether it is still float."""
+
+    shape: tuple[int, int]
+    size_bytes: int
+    dense: bool
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A block without its numbers. `vector_bytes` counts norms and biases."""
+
+    name: str
+    matrices: dict[str, MatrixOutline]
+    vector_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """What `Block.size_bytes` is for the block itself."""
+        return self.vector_bytes + sum(matrix.size_bytes for matrix in self.matrices.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step will make of a block: its outline after, seconds, and memory beside the block before and after."""
+
+    outline: Outline
+    seconds: float
+    workspace_bytes: int
+
+
+class Step(Protocol):
+    """A frozen dataclass whose fields are the options, checked when it is built (UserError). See the module."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The model as the step wants its blocks cut, named and configured; `checkpoint` itself when nothing changes.
+
+        Raises UserError or ModelError when the step does not suit the model.
+        """
+
+    def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
+        """The changed block; `block` itself stays as it is. Raises ModelError for weights that cannot be right."""
+
+    def predict(self, outline: Outline, context: StepContext) -> Prediction:
+        """What `apply` would do: the sizes are exact, the seconds come from timing a small piece of work."""
+
+
+def step_class(name: str, *, where: str) -> type[Step]:
+    """The class of a step, imported now. Raises UserError for a name that `STEPS` lacks; `where` names the place."""
+    if name not in STEPS:
+        raise UserError(f"{where}: use must name a step: got {name!r}{nearest(name, STEPS)}")
+    module, _, attribute = STEPS[name].partition(":")
+    return cast(type[Step], getattr(importlib.import_module(module), attribute))
+
+
+def options(step: Step) -> dict[str, object]:
+    """All options of a step, defaults filled in, as JSON and TOML know them (lists for tuples)."""
+    values = dataclasses.asdict(cast(Any, step))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def outline_of(checkpoint: Checkpoint, name: str) -> Outline:
+    """The outline of one of `checkpoint.blocks`, from shapes: no tensor is read."""
+    modules, vectors = checkpoint.blocks[name]
+    return Outline(
+        name,
+        {module: _matrix_outline(checkpoint, module) for module in modules},
+        sum(4 * math.prod(checkpoint.tensors.shape(vector)) for vector in vectors),
+    )
+
+
+def _matrix_outline(checkpoint: Checkpoint, module: str) -> MatrixOutline:
+    shape = checkpoint.shape(module)
+    if module not in checkpoint.structure:
+        return MatrixOutline(shape, 4 * shape[0] * shape[1], dense=True)
+    parts = {f"{module}.codes": 1, f"{module}.scales": 2, f"{module}.zeros": 1}  # name -> bytes a number
+    present = set(checkpoint.tensors.names()) & set(parts)
+    return MatrixOutline(
+        shape, sum(parts[part] * math.prod(checkpoint.tensors.shape(part)) for part in present), dense=False
+    )
+
+
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str], *, config: Mapping[str, Any]) -> Checkpoint:
+    """A view of `checkpoint` for `Step.prepare`: the tensors `names` (seen -> stored) and another config.
+
+    Nothing is read or copied. A stored tensor may be seen under two names (untying a head) or under none.
+    """
+    structure = {
+        module.removesuffix(".codes"): checkpoint.structure[stored.removesuffix(".codes")]
+        for module, stored in names.items()
+        if module.endswith(".codes")
+    }
+    reader = _RenamedReader(checkpoint.tensors, names)
+    return dataclasses.replace(checkpoint, tensors=reader, structure=structure, config=dict(config))
+
+
+@dataclass(frozen=True)
+class _RenamedReader:
+    """A TensorReader whose `seen` names stand for other names of `stored`."""
+
+    stored: TensorReader
+    seen: Mapping[str, str]
+
+    def names(self) -> Sequence[str]:
+        return sorted(self.seen)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored.shape(self.seen[name])
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self.stored.read(self.seen[name])

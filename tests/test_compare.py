@@ -1,0 +1,129 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edgekit.errors import UserError
+from edgekit.profile.compare import compare
+from edgekit.report import Measurement, Report
+
+
+def report(numbers, unit: str = "ms", **changes: object) -> Report:
+    """A report of one measurement, "x"."""
+    row = Measurement("x", float(np.median(numbers)), unit, n=len(numbers))
+    machine = {"device": "pi5", "ram": "8.0 GB"}
+    return dataclasses.replace(Report("r", (row,), machine, samples={"x": tuple(numbers)}), **changes)
+
+
+def verdict(a, b, unit: str = "ms") -> str:
+    (found,) = compare(report(a, unit), report(b, unit))
+    return found.verdict
+
+
+NOISE = {
+    "normal": lambda generator, n: 100 * (1 + 0.02 * generator.normal(size=n)),
+    "skewed": lambda generator, n: 100 * np.exp(0.3 * generator.normal(size=n)),
+    "outliers": lambda generator, n: np.where(generator.random(n) < 0.15, 150, 100) + generator.normal(size=n),
+    "coarse": lambda generator, n: np.round(20 + generator.normal(size=n)),
+}
+
+
+@pytest.mark.parametrize("n", [5, 10])
+@pytest.mark.parametrize("noise", NOISE)
+def test_two_runs_of_one_thing_cannot_be_told_apart(noise, n):
+    generator = np.random.default_rng(n)
+    draw = NOISE[noise]
+    told = [verdict(draw(generator, n), draw(generator, n)) for _ in range(200)]
+    assert told.count("cannot tell") >= 0.95 * len(told)
+
+
+@pytest.mark.parametrize(("n", "found"), [(4, 0.9), (5, 0.97), (10, 1.0)])
+def test_a_slowdown_of_ten_percent_is_found(n, found):
+    generator = np.random.default_rng(n)
+    draw = NOISE["normal"]
+    told = [verdict(draw(generator, n), 1.1 * draw(generator, n)) for _ in range(100)]
+    assert told.count("slower") >= found * len(told)
+    assert set(told) <= {"slower", "cannot tell"}
+
+
+FEW, MORE = (10.0, 10.1, 10.2, 10.3, 10.4), (12.0, 12.1, 12.2, 12.3, 12.4)
+
+
+@pytest.mark.parametrize(
+    ("unit", "rose", "fell"),
+    [
+        *((unit, "faster", "slower") for unit in ("tok/s", "GB/s", "1/s", "pages/min", "Hz")),
+        *((unit, "slower", "faster") for unit in ("s", "ms", "µs", "ns", "ms/token", "s/1k tokens")),
+        *((unit, "larger", "smaller") for unit in ("B", "MB", "GiB", "J/token", "W", "ppl", "", "%")),
+    ],
+)
+def test_the_word_follows_the_unit(unit, rose, fell):
+    assert verdict(FEW, MORE, unit) == rose
+    assert verdict(MORE, FEW, unit) == fell
+
+
+def test_the_numbers_say_b_against_a():
+    (found,) = compare(report(FEW), report(MORE))
+    assert (found.name, found.unit, found.a, found.b) == ("x", "ms", 10.2, 12.2)
+    assert found.ratio == pytest.approx(12.2 / 10.2)
+    assert 12.0 / 10.4 <= found.low < found.ratio < found.high <= 12.4 / 10.0
+    assert found.p_value == pytest.approx(2 / 252)
+    assert found.note == ""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "note"),
+    [
+        (FEW[:3], MORE[:3], "3 repetitions are too few"),
+        (FEW, MORE[:2], "2 repetitions are too few"),
+        (FEW, (10.0, 10.1, 10.2, 10.4, 10.5), "within the noise"),
+        (FEW, FEW, "within the noise"),
+        # Here only the interval holds 1 (its low end), then only the p-value (0.097) is too high.
+        ((9, 9, 10, 10, 10, 12, 12, 13), (11, 11, 12, 12, 13, 14, 14, 14), "within the noise"),
+        ((7, 7, 7, 8, 9, 12, 15, 18), (6, 12, 14, 15, 16, 17, 19, 19), "within the noise"),
+        ((10.0,) * 9, (10.1,) * 9, "under 2%"),
+        ((10.0, 10.0, 10.0, 10.0, 0.0), MORE, "above zero"),
+    ],
+)
+def test_when_one_cannot_tell_the_note_says_why(a, b, note):
+    (found,) = compare(report(a), report(b))
+    assert found.verdict == "cannot tell"
+    assert note in found.note
+
+
+def test_without_samples_or_with_other_units_one_cannot_tell():
+    bare = report(MORE, samples={})
+    (found,) = compare(report(FEW), bare)
+    assert (found.verdict, found.note, found.ratio) == ("cannot tell", "no raw samples to judge by", None)
+    (found,) = compare(report(FEW, "ms"), report(MORE, "s"))
+    assert (found.verdict, found.note) == ("cannot tell", "the units differ: ms and s")
+
+
+def test_only_shared_measurements_are_judged_in_the_order_of_the_first():
+    rows = {name: Measurement(name, 1.0, "s") for name in "abc"}
+    first = report(FEW, measurements=(rows["c"], rows["a"]), samples={})
+    second = report(FEW, measurements=(rows["a"], rows["b"], rows["c"]), samples={})
+    assert [found.name for found in compare(first, second)] == ["c", "a"]
+    with pytest.raises(UserError, match="'r' has x, 'r' has none"):
+        compare(report(FEW), report(FEW, measurements=(), samples={}))
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"device": "pi4", "ram": "8.0 GB"}, "device is 'pi5' in 'r' and 'pi4' in 'r'"),
+        ({"device": "pi5"}, "ram is '8.0 GB' in 'r' and 'nothing'"),
+        ({"device": "pi5", "ram": "8.0 GB", "cpu limit": "2"}, "cpu limit is 'nothing' in 'r' and '2'"),
+    ],
+)
+def test_reports_of_different_machines_are_refused_unless_forced(machine, message):
+    other = report(MORE, machine=machine)
+    with pytest.raises(UserError, match=message):
+        compare(report(FEW), other)
+    (found,) = compare(report(FEW), other, force=True)
+    assert found.verdict == "slower"
+
+
+def test_versions_and_subjects_may_differ():
+    (found,) = compare(report(FEW), report(MORE, versions={"edgekit": "9"}, subject="other"))
+    assert found.verdict == "slower"
