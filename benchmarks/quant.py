@@ -22,7 +22,7 @@ from edgekit.evaluate.perplexity import log_likelihoods, perplexity
 from edgekit.evaluate.scorer import Scorer, open_scorer
 from edgekit.export.export import export
 from edgekit.export.targets import find_target, host_target
-from edgekit.model.builtin import fetch
+from edgekit.model.builtin import fetch_builtin
 from edgekit.model.sources import open_model
 from edgekit.recipe import load_recipe
 
@@ -74,7 +74,7 @@ def torch_perplexity(scorer: Scorer, text: str, windows: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = fetch("smollm2-135m")
+    path = fetch_builtin("smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     ids = scorer.tokenizer.encode(text, add_special_tokens=False).ids
     losses = []

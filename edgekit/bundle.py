@@ -22,6 +22,7 @@ from edgekit.schema import parse
 
 SPEC = "runtime.json"
 MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Bundle:
             raise UserError(
                 f"{path} is a {manifest.kind}, which does not run yet; make a bundle with edgekit export {path}"
             )
+        for name in (MODEL, WEIGHTS, SPEC):
+            if name not in manifest.files:
+                raise ModelError(f"the bundle {path} must hold {name}; export it again")
         try:
             data = json.loads((path / SPEC).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as problem:

@@ -65,26 +65,28 @@ def compress(
     that cannot be right. Whatever is raised, the output stays as it was.
     """
     output = Path(os.path.abspath(output))
-    _refuse_overlap(checkpoint, output)
-    refuse_existing(output, force=force)
-    job = _Job.of(checkpoint, recipe)
-    identity = Identity(_digest(checkpoint), recipe.sha256, _versions())
-    with explain_write_errors(output), locked_work_folder(output) as work:
-        journal = begin(work, Journal(identity, len(job.prepared.blocks)), resume=resume, force=force)
-        _refuse_small_disk(job, journal, work)
-        for index, name in enumerate(job.prepared.blocks):
-            if name in journal.done:
-                continue
-            shard = f"model-{index + 1:05}-of-{journal.total:05}.safetensors"
-            done = _compress_block(job, name, work / shard)
-            journal = journal.with_block(name, done)
-            journal.save(work)
-            if on_progress is not None:
-                sizes = done.steps[0].before_bytes, done.steps[-1].after_bytes
-                on_progress(Progress(name, len(journal.done), journal.total, *sizes))
-        manifest = _finish(job, journal, work)
-        publish(work, output)
-        (output / JOURNAL).unlink()  # it goes last: until here a killed run can be resumed
+    with explain_write_errors(output):
+        _refuse_overlap(checkpoint, output)
+        refuse_existing(output, force=force)
+        job = _Job.of(checkpoint, recipe)
+        identity = Identity(_digest(checkpoint), recipe.sha256, _versions())
+        with locked_work_folder(output) as work:
+            journal = begin(work, Journal(identity, len(job.prepared.blocks)), resume=resume, force=force)
+            _refuse_small_disk(job, journal, work)
+            for index, name in enumerate(job.prepared.blocks):
+                if name in journal.done:
+                    continue
+                shard = f"model-{index + 1:05}-of-{journal.total:05}.safetensors"
+                done = _compress_block(job, name, work / shard)
+                journal = journal.with_block(name, done)
+                journal.save(work)
+                if on_progress is not None:
+                    sizes = done.steps[0].before_bytes, done.steps[-1].after_bytes
+                    on_progress(Progress(name, len(journal.done), journal.total, *sizes))
+            manifest = _finish(job, journal, work)
+            refuse_existing(output, force=force)  # it may have come meanwhile
+            publish(work, output)
+            (output / JOURNAL).unlink()  # it goes last: until here a killed run can be resumed
     return manifest
 
 
@@ -124,9 +126,9 @@ class _OnDisk(Protocol):
 
 def _refuse_overlap(checkpoint: Checkpoint, output: Path) -> None:
     files = checkpoint.tensors.files() if isinstance(checkpoint.tensors, _OnDisk) else set()
-    target = output.resolve()
+    target = Path(os.path.realpath(output))
     for place in {file.parent if file.suffix == ".safetensors" else file for file in files}:  # a model is its folder
-        model = place.resolve()
+        model = Path(os.path.realpath(place))
         if target.is_relative_to(model) or model.is_relative_to(target):
             raise UserError(f"the output must lie apart from the source: {output} and {place}; choose another name")
 

@@ -118,6 +118,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+_REFUSALS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ELOOP,
+)
+
+
 @contextlib.contextmanager
 def explain_write_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's refusals while writing `target` into our errors."""
@@ -128,7 +139,7 @@ def explain_write_errors(target: Path) -> Iterator[None]:
             raise BudgetError(
                 f"the disk is full: writing {target} failed; free space or choose another disk"
             ) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOENT):
+        if problem.errno in _REFUSALS:
             raise UserError(
                 f"the output must be writable: {target} ({problem.strerror}); choose another place"
             ) from problem

@@ -118,13 +118,13 @@ class Manifest:
         def check(item: tuple[str, FileRecord]) -> None:
             name, record = item
             path = inside(folder, name)
-            if not path.is_file():
-                raise ModelError(f"{folder} lacks {name}, which its {NAME} lists; copy the whole folder again")
             try:
+                if not path.is_file():
+                    raise ModelError(f"{folder} lacks {name}, which its {NAME} lists; copy the whole folder again")
                 same = path.stat().st_size == record.size_bytes and digest(path) == record.sha256
             except OSError as problem:
                 raise ModelError(
-                    f"{path} must be readable: {problem.strerror}; copy the whole folder again"
+                    f"{folder}: {name:.80} must be readable: {problem.strerror}; copy it again"
                 ) from problem
             if not same:
                 raise ModelError(f"{path} differs from its digest in {NAME}; it was changed or cut, fetch it again")

@@ -207,6 +207,20 @@ def test_an_output_that_is_there_is_replaced_only_by_force(model: Path, whole: P
     assert (foreign / "cat.jpg").exists()
 
 
+def test_an_output_that_came_meanwhile_is_left_alone(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+
+    def interfere(progress: Progress) -> None:
+        if progress.done == 2:
+            output.mkdir()
+            (output / "note").write_text("mine")
+
+    with pytest.raises(UserError, match="output must not exist"):
+        compress(open_model(str(model)), INT4, output, on_progress=interfere)
+    assert contents(output) == {"note": b"mine"}
+    assert partial(output).exists()
+
+
 @pytest.mark.parametrize(
     "problem",
     [
@@ -277,10 +291,12 @@ def test_a_folder_without_permission_is_refused(model: Path, tmp_path: Path) -> 
         compress(open_model(str(model)), INT4, tmp_path / "mine" / "small")
 
 
-def test_a_file_in_the_way_of_the_output_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file/small", "x" * 250])
+def test_a_place_that_cannot_be_written_is_refused(place: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here first")
     with pytest.raises(UserError, match="must be writable"):
-        compress(open_model(str(model)), INT4, tmp_path / "file" / "small")
+        compress(open_model(str(model)), INT4, tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @pytest.mark.parametrize(

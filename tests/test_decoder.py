@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 from test_reference import AGAINST_TRANSFORMERS, IDS, reshaped_layer, rounded, tiny_checkpoint
 
-from edgekit.bundle import DecoderSpec, LayerCache
+from edgekit.bundle import MODEL, WEIGHTS, DecoderSpec, LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.export.decoder import build_decoder
 from edgekit.export.fit import layer_caches
-from edgekit.export.graph import MODEL, PAGE, WEIGHTS
+from edgekit.export.graph import PAGE
 from edgekit.export.parity import divergence
 from edgekit.model.reference import forward
 from edgekit.quant.grid import Grid

@@ -12,12 +12,11 @@ import pytest
 from test_decoder import stored
 from test_reference import rounded, tiny_checkpoint
 
-from edgekit.bundle import MODEL, Bundle, LayerCache
+from edgekit.bundle import MODEL, WEIGHTS, Bundle, LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BudgetError, ModelError, UserError
 from edgekit.export import decoder
 from edgekit.export.export import export
-from edgekit.export.graph import WEIGHTS
 from edgekit.export.targets import TARGETS, find_target
 from edgekit.manifest import FileRecord, Manifest, StepRecord
 from edgekit.quant.grid import Grid
@@ -132,6 +131,7 @@ def test_predicted_weights_are_those_in_the_file_plus_packing(tmp_path: Path) ->
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),

@@ -139,9 +139,9 @@ def a_dangling_link(path: Path) -> None:
 def test_force_replaces_only_our_own_folders(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "out")
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"only folders that edgekit wrote|must not be a link"):
-        with new_folder(tmp_path / "out", force=True) as work:
-            fill(work)
+    refusal = pytest.raises(UserError, match=r"only folders that edgekit wrote|must not be a link")
+    with refusal, new_folder(tmp_path / "out", force=True) as work:
+        fill(work)
     assert listing(tmp_path) == before
 
 

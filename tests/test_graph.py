@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgekit.export.graph import INLINE_BYTES, MODEL, PAGE, WEIGHTS, Graph
+from edgekit.bundle import MODEL, WEIGHTS
+from edgekit.export.graph import INLINE_BYTES, PAGE, Graph
 
 LARGE = np.arange(3 * 1000, dtype=np.float32).reshape(3, 1000)
 

@@ -12,8 +12,8 @@ from test_decoder import LONG, engine_of
 from test_engine import SPEC
 from test_reference import IDS, rounded, tiny_checkpoint
 
+from edgekit.bundle import MODEL, WEIGHTS
 from edgekit.errors import ModelError
-from edgekit.export.graph import MODEL, WEIGHTS
 from edgekit.export.parity import BOUNDS, Bounds, agreement, check_parity, divergence
 from edgekit.quant.grid import Grid
 from edgekit.runtime.engine import Engine
@@ -132,6 +132,12 @@ def test_errors_of_decoding_alone_are_noticed(tmp_path: Path) -> None:
     engine = WrongAtDecode(engine_of(tiny_checkpoint(), tmp_path))
     with pytest.raises(ModelError, match="must agree"):
         check_parity(tiny_checkpoint(), engine, TWO, bounds=BOUNDS["float32"])  # type: ignore[arg-type]
+
+
+def test_agreement_is_asked_for_by_itself(tmp_path: Path) -> None:
+    engine = WrongAtDecode(engine_of(tiny_checkpoint(), tmp_path))
+    with pytest.raises(ModelError, match=r"top-1 agreement \d\d\.\d% \(bound 100%\)"):
+        check_parity(tiny_checkpoint(), engine, TWO, bounds=Bounds(np.inf, 1.0))  # type: ignore[arg-type]
 
 
 def test_one_token_is_enough_to_compare(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import UserError
@@ -50,6 +50,7 @@ def test_the_built_in_recipes_are_these() -> None:
 
 @settings(deadline=None)
 @given(recipe=recipes)
+@example(recipe=Recipe("\x7f\x00\"'\\", "\n\r\t\u2028", (Int4(skip=("[a-b]*\x7f", "ü")),)))
 def test_the_resolved_text_reads_back_to_the_same_recipe(
     tmp_path_factory: pytest.TempPathFactory, recipe: Recipe
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given
@@ -42,7 +42,7 @@ def _byte_fallback() -> Tokenizer:
 
 BYTE_LEVEL = _byte_level()
 BYTE_FALLBACK = _byte_fallback()
-END = BYTE_LEVEL.token_to_id(SPECIAL)
+END: int = BYTE_LEVEL.encode(SPECIAL).ids[0]
 
 
 def run(stream: TextStream, tokens: Sequence[int]) -> list[str]:
@@ -71,6 +71,13 @@ def test_pieces_are_the_text(text: str) -> None:
 def test_pieces_are_what_any_tokens_decode_to(tokens: list[int]) -> None:
     """Invalid bytes too, which models do produce."""
     assert "".join(run(TextStream(BYTE_LEVEL), tokens)) == BYTE_LEVEL.decode(tokens)
+
+
+@pytest.mark.parametrize("garbage", range(40))
+def test_text_goes_on_after_invalid_bytes(garbage: int) -> None:
+    emoji = BYTE_LEVEL.encode("😀").ids
+    tokens = emoji + [emoji[2]] * garbage + emoji + BYTE_LEVEL.encode("é").ids
+    assert "".join(run(TextStream(BYTE_LEVEL), tokens)) == "😀" + "\ufffd" * garbage + "😀é"
 
 
 @given(texts)
@@ -138,6 +145,7 @@ def test_an_emoji_comes_out_whole() -> None:
         ([2, 0, 0, 3, 1, 4], ["hello", "", "", " world", " ", "x", ""]),
         ([1, 3, 5], ["", " world", ".", ""]),
         ([2, *(6 + byte for byte in "你é".encode()), 3], ["hello", "", "", "你", "", "é", " world", ""]),
+        ([6 + 0xC3, 0, 0, 0, 0, 6 + 0xA9], ["", "", "", "", "", "é", ""]),
         ([2, *(6 + byte for byte in "你".encode()[:2]), 3], ["hello", "", "", "\ufffd\ufffd world", ""]),
     ],
 )
@@ -170,17 +178,15 @@ def test_special_tokens_are_text_when_asked_for() -> None:
 def test_a_token_costs_the_same_after_many(token: int, given_a_function: bool) -> None:
     """Counted in tokens decoded, for text, invalid bytes, beginnings without an end, and special tokens."""
     decoded = 0
+    stream = TextStream((lambda tokens: str(BYTE_LEVEL.decode(tokens))) if given_a_function else BYTE_LEVEL)
+    decode = stream._decode
 
     def counting(tokens: list[int]) -> str:
         nonlocal decoded
         decoded += len(tokens)
-        return str(BYTE_LEVEL.decode(tokens))
+        return decode(tokens)
 
-    stream = TextStream(counting)
-    if not given_a_function:
-        stream = TextStream(BYTE_LEVEL)
-        original: Callable[[list[int]], str] = stream._decode
-        stream._decode = lambda tokens: counting(tokens) and original(tokens)
+    stream._decode = counting
     tokens = [token] * 500
     assert "".join(run(stream, tokens)) == BYTE_LEVEL.decode(tokens)
     assert decoded <= 32 * len(tokens)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from edgekit.bundle import SPEC, DecoderSpec
+from edgekit.bundle import MODEL, SPEC, WEIGHTS, DecoderSpec
 from edgekit.checkpoint import Checkpoint
 from edgekit.device import Device
 from edgekit.errors import ModelError, UserError
 from edgekit.export.decoder import build_decoder
-from edgekit.export.graph import MODEL, WEIGHTS
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder

@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-MODEL = "model.onnx"
-WEIGHTS = "model.onnx.data"
+from edgekit.bundle import MODEL, WEIGHTS
+
 OPSET = 21
 IR_VERSION = 10
 PAGE = 4096
@@ -93,13 +93,21 @@ class Graph:
         return self.node(op, inputs, name, outputs=outputs, domain="com.microsoft", **attributes)
 
     def save(
-        self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], *, title: str
+        self,
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+        *,
+        title: str,
+        functions: Sequence[onnx.FunctionProto] = (),
     ) -> None:
-        """Write the model file and close the weights."""
+        """Write the model file and close the weights. `functions` define operators of domains beyond the stock ones."""
         self._data.close()
         graph = helper.make_graph(self._nodes, title, inputs, outputs, initializer=list(self._constants.values()))
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgekit")
+        domains = {"": OPSET, "com.microsoft": 1, **{function.domain: 1 for function in functions}}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        model = helper.make_model(
+            graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="edgekit"
+        )
         (self._folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -1,13 +1,14 @@
 """The decoder graph over our own operators: five nodes a layer.
 
-    QuantLinear   norm, then q, k and v in one matrix
-    Attention     rotary embedding, cache append in place, exact attention over a float16 cache
-    QuantLinear   output projection, plus the residual
-    QuantLinear   norm, then gate and up, then silu(gate) * up
-    QuantLinear   down projection, plus the residual
+    NormQuantLinear         norm, then q, k and v in one matrix
+    Attention               rotary embedding, cache append in place, exact attention over a float16 cache
+    QuantLinear             output projection, plus the residual
+    GatedNormQuantLinear    norm, then gate and up, then silu(gate) * up
+    QuantLinear             down projection, plus the residual
 
-Weights lie in tiles as the kernels read them, so they are mapped and never copied. Inputs and outputs are those of
-`edgekit.export.decoder`, but for the cache's type. A matrix that is not quantised stays a MatMul.
+Weights lie in tiles as the kernels read them, so they are mapped and never copied. The model holds each operator's
+meaning as a function of standard operators too: stock onnxruntime runs that where the kernels are not registered.
+A matrix that is not quantised stays a MatMul. Inputs and outputs: `edgekit.export.parts`.
 """
 
 from __future__ import annotations
@@ -16,175 +17,152 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto
 
 from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
-from edgekit.export.decoder import Decoder, concatenate
+from edgekit.export.fit import layer_caches
 from edgekit.export.graph import Graph
+from edgekit.export.parts import Parts, concatenate
+from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
-from edgekit.weight import Quantized, Weight
-
-OFFSETS = {"none": 0, "zero point": 1, "minimum": 2}
+from edgekit.weight import Quantized
 
 
-def build_native_decoder(checkpoint: Checkpoint, folder: Path, *, context: int) -> list[LayerCache]:
-    """Write model.onnx and its weights into `folder`; returns the layers' cache shapes."""
+def build_native_decoder(checkpoint: Checkpoint, folder: Path, *, context: int) -> tuple[LayerCache, ...]:
+    """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`."""
+    caches = layer_caches(checkpoint)
     with Graph(folder) as graph:
-        return _NativeDecoder(checkpoint, graph, context).build()
+        parts = Parts(checkpoint, graph, accuracy_level=4)
+        parts.rotary_tables(context)
+        _NativeDecoder(parts).build(caches)
+    return caches
 
 
-class _NativeDecoder(Decoder):
-    """Nodes differ from the stock graph's, the order of things does not."""
+def runs_natively(checkpoint: Checkpoint) -> bool:
+    """Whether our operators have something to do here: quantised matrices, and heads that fill whole vectors."""
+    return bool(checkpoint.structure) and checkpoint.decoder.head_dim % LANES == 0
 
-    cache_type = np.float16
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, context: int) -> None:
-        super().__init__(checkpoint, graph, context, accuracy_level=4)
+class _NativeDecoder:
+    """The flow of the graph: which node reads which."""
 
-    def build(self) -> list[LayerCache]:
-        graph = self.graph
-        self.rotary_tables()
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.checkpoint = parts.checkpoint
+        self.config = parts.config
+        self.graph = parts.graph
+
+    def build(self, caches: Sequence[LayerCache]) -> None:
         state = self.embed("model.embed_tokens")
-        shapes = []
-        for index in range(self.config.layers):
-            prefix = f"model.layers.{index}"
-            mixed, shape = self.attention(f"{prefix}.self_attn", state, index)
-            shapes.append(shape)
-            state = self.fused([f"{prefix}.self_attn.o_proj"], mixed, residual=state)
-            gated = self.fused(
-                [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
-                state,
-                norm=f"{prefix}.post_attention_layernorm",
-                gated=True,
-            )
-            state = self.fused([f"{prefix}.mlp.down_proj"], gated, residual=state)
-        self.head(state)
-        graph.save(*self.signature(shapes), title=self.config.architecture)
-        return shapes
+        for index, cache in enumerate(caches):
+            layer = f"model.layers.{index}"
+            attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+            qkv = self.read([f"{attention}.{x}_proj" for x in "qkv"], state, norm=f"{layer}.input_layernorm")
+            mixed = self.attend(attention, qkv, index, cache)
+            state = self.add(f"{attention}.o_proj", mixed, state)
+            gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
+            state = self.add(f"{mlp}.down_proj", gated, state)
+        self.head(self.parts.keep_last(state))
+        signature = self.parts.signature(caches, cache_type=TensorProto.FLOAT16)
+        self.graph.save(*signature, title=self.config.architecture, functions=function_bodies())
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
         if not isinstance(weight, Quantized):
-            return super().embed(module)
-        tiles = tile(weight)
-        inputs = ["input_ids", *self.store_tiles(module, tiles)]
-        return self.graph.node("QuantEmbedding", inputs, module, domain=DOMAIN, **attributes(tiles))
+            return self.parts.embed(module)
+        return self.node("QuantEmbedding", ["input_ids"], module, tile(weight), output=module)
 
-    def attention(self, prefix: str, state: str, index: int) -> tuple[str, LayerCache]:
-        heads, kv_heads = self.head_counts(prefix)
-        width = self.config.head_dim
-        modules = [f"{prefix}.{name}_proj" for name in "qkv"]
-        qkv = self.fused(modules, state, norm=f"model.layers.{index}.input_layernorm")
-        norms = [f"{prefix}.{name}_norm" for name in "qk"]
-        normed = [self.norm(norm) for norm in norms if self.checkpoint.has(norm)]
+    def attend(self, prefix: str, qkv: str, index: int, cache: LayerCache) -> str:
+        norms = [f"{prefix}.{x}_norm" for x in "qk"]
+        normed = all(map(self.checkpoint.has, norms))
         past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
-        mixed = self.graph.node(
-            "Attention",
-            [qkv, *past, "seqlens_k", "rotary.cos", "rotary.sin", *normed],
+        epsilon = {"epsilon": self.config.norm_eps} if normed else {}
+        return self.graph.node(
+            "NormAttention" if normed else "Attention",
+            [qkv, *past, "seqlens_k", "rotary.cos", "rotary.sin", *(map(self.parts.norm, norms) if normed else ())],
             prefix,
             outputs=[prefix, f"present.{index}.key", f"present.{index}.value"],
             domain=DOMAIN,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            head_dim=width,
+            num_heads=self.checkpoint.shape(f"{prefix}.q_proj")[0] // cache.head_dim,
+            kv_num_heads=cache.kv_heads,
+            head_dim=cache.head_dim,
             local_window_size=self.config.sliding_window or -1,
-            epsilon=self.config.norm_eps,
+            **epsilon,
         )
-        return mixed, LayerCache(kv_heads, width)
 
-    def head(self, state: str) -> None:
-        kept = self.keep_last(state)
+    def read(self, modules: Sequence[str], state: str, *, norm: str, output: str = "") -> str:
+        """Norm, then the matrices of `modules` one after the other: one node where they are quantised alike."""
+        joined = concatenate([self.checkpoint.weight(module) for module in modules])
+        name = f"{modules[0]}.joined" if len(modules) > 1 else modules[0]
+        if isinstance(joined, Quantized):
+            bias = self.parts.joined_bias(modules)
+            inputs = [state, self.parts.norm(norm)]
+            last = [self.nothing() if bias is None else self.graph.constant(f"{name}.bias", bias)]
+            return self.node("NormQuantLinear", inputs, name, tile(joined), last, output=output)
+        normed = self.parts.normed(state, norm)
+        products = [self.product(module, normed) for module in modules]
+        return self.graph.node("Concat", products, name, outputs=[output or name], axis=-1)
+
+    def gate(self, mlp: str, state: str, *, norm: str) -> str:
+        """silu(gate) * up of the normed state."""
+        modules = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        weights = [self.checkpoint.weight(module) for module in modules]
+        gate, up = weights
+        alike = isinstance(concatenate(weights), Quantized) and self.parts.joined_bias(modules) is None
+        if alike and isinstance(gate, Quantized) and isinstance(up, Quantized) and gate.shape == up.shape:
+            inputs = [state, self.parts.norm(norm)]
+            return self.node("GatedNormQuantLinear", inputs, f"{mlp}.gated", interleave(tile(gate), tile(up)))
+        normed = self.parts.normed(state, norm)
+        products = [self.product(module, normed) for module in modules]
+        active = self.graph.contrib("QuickGelu", products[:1], f"{mlp}.act", alpha=1.0)
+        return self.graph.node("Mul", [active, products[1]], f"{mlp}.gated")
+
+    def add(self, module: str, x: str, state: str) -> str:
+        """The state plus a matrix of x."""
+        if isinstance(self.checkpoint.weight(module), Quantized):
+            return self.product(module, x, residual=state)
+        return self.graph.node("Add", [self.product(module, x), state], f"{module}.sum")
+
+    def product(self, module: str, x: str, *, residual: str = "") -> str:
+        weight = self.checkpoint.weight(module)
+        if not isinstance(weight, Quantized):
+            return self.parts.linear(module, x)
+        bias = self.parts.joined_bias([module])
+        last = [self.nothing() if bias is None else self.graph.constant(f"{module}.bias", bias)]
+        return self.node("QuantLinear", [x], module, tile(weight), [*last, residual or self.nothing()])
+
+    def head(self, kept: str) -> None:
         module = "model.embed_tokens" if self.config.tied else "lm_head"
         if isinstance(self.checkpoint.weight(module), Quantized):
-            self.fused([module], kept, norm="model.norm", output="logits")
-            return
-        self.dense_head(self.normed(kept, "model.norm"))
-
-    def fused(
-        self,
-        modules: Sequence[str],
-        x: str,
-        *,
-        norm: str = "",
-        residual: str = "",
-        gated: bool = False,
-        output: str = "",
-    ) -> str:
-        """The matrices of `modules`, which read the same input, with what stands before and after them.
-
-        One QuantLinear where they are quantised alike, else standard nodes that compute the same.
-        """
-        weights = [self.checkpoint.weight(module) for module in modules]
-        joined = concatenate(weights)
-        name = modules[0] if len(modules) == 1 else f"{modules[0].rpartition('.')[0]}.{'gate_up' if gated else 'qkv'}"
-        biased = any(self.checkpoint.has(f"{module}.bias") for module in modules)
-        if not isinstance(joined, Quantized) or (gated and biased):
-            return self.composed(modules, x, name=name, norm=norm, residual=residual, gated=gated, output=output)
-        tiles = interleave(*map(tile, _quantized(weights))) if gated else tile(joined)
-        bias = self.joined_bias(modules, weights, f"{name}.bias") if biased else ""
-        inputs = [x, *self.store_tiles(name, tiles), self.norm(norm) if norm else "", bias, residual]
-        return self.graph.node(
-            "QuantLinear",
-            inputs,
-            f"{name}.linear",
-            outputs=[output or f"{name}.out"],
-            domain=DOMAIN,
-            gated=int(gated),
-            epsilon=self.config.norm_eps,
-            **attributes(tiles),
-        )
-
-    def composed(
-        self, modules: Sequence[str], x: str, *, name: str, norm: str, residual: str, gated: bool, output: str
-    ) -> str:
-        """The same by standard nodes and one product a matrix."""
-        normed = self.normed(x, norm) if norm else x
-        parts = [
-            self.linear(module, normed)
-            if not isinstance(self.checkpoint.weight(module), Quantized)
-            else self.fused([module], normed)
-            for module in modules
-        ]
-        if gated:
-            active = self.graph.contrib("QuickGelu", [parts[0]], f"{name}.act", alpha=1.0)
-            value = self.graph.node("Mul", [active, parts[1]], f"{name}.gated")
+            self.read([module], kept, norm="model.norm", output="logits")
         else:
-            value = parts[0] if len(parts) == 1 else self.graph.node("Concat", parts, f"{name}.joined", axis=-1)
-        if residual:
-            value = self.graph.node("Add", [value, residual], f"{name}.residual")
-        return self.graph.node("Identity", [value], f"{name}.named", outputs=[output]) if output else value
+            self.parts.head(self.parts.normed(kept, "model.norm"))
 
-    def normed(self, x: str, module: str) -> str:
+    def node(
+        self, op: str, inputs: Sequence[str], name: str, tiles: Tiles, last: Sequence[str] = (), *, output: str = ""
+    ) -> str:
+        """One of our operators over a quantised matrix, whose constants go between `inputs` and `last`."""
+        epsilon = {"epsilon": self.config.norm_eps} if "Norm" in op else {}
         return self.graph.node(
-            "SimplifiedLayerNormalization", [x, self.norm(module)], module, epsilon=self.config.norm_eps, axis=-1
+            op,
+            [*inputs, *self.store(name, tiles), *last],
+            f"{name}.{op}",
+            outputs=[output or f"{name}.{op}"],
+            domain=DOMAIN,
+            N=tiles.rows,
+            K=tiles.columns,
+            bits=tiles.bits,
+            block=tiles.block,
+            **epsilon,
         )
 
-    def store_tiles(self, name: str, tiles: Tiles) -> list[str]:
-        stored = [
-            self.graph.constant(f"{name}.codes", tiles.codes),
-            self.graph.constant(f"{name}.scales", tiles.scales),
-        ]
-        stored.append("" if tiles.offsets is None else self.graph.constant(f"{name}.offsets", tiles.offsets))
-        return stored
+    def store(self, name: str, tiles: Tiles) -> list[str]:
+        """A matrix as constants; what is there under its name already, such as a tied table, is not stored again."""
+        parts = ("codes", "scales", "zeros", "minima")
+        return [self.graph.constant(f"{name}.{part}", a) for part, a in zip(parts, tiles.constants(), strict=True)]
 
-
-def attributes(tiles: Tiles) -> dict[str, int]:
-    """The attributes that describe a matrix to a kernel."""
-    kind = "none" if tiles.offsets is None else "zero point" if tiles.offsets.dtype == np.uint8 else "minimum"
-    return {
-        "N": tiles.rows,
-        "K": tiles.columns,
-        "bits": tiles.bits,
-        "block": tiles.block,
-        "offset": OFFSETS[kind],
-    }
-
-
-def supports(checkpoint: Checkpoint) -> bool:
-    """Whether the native operators can run this model: quantised, with heads that fill whole vectors."""
-    return bool(checkpoint.structure) and checkpoint.decoder.head_dim % LANES == 0
-
-
-def _quantized(weights: Sequence[Weight]) -> list[Quantized]:
-    return [weight for weight in weights if isinstance(weight, Quantized)]
+    def nothing(self) -> str:
+        """A single zero: what an operator gets where nothing is added."""
+        return self.graph.constant("nothing", np.zeros(1, np.float32))

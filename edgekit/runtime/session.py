@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
 from edgekit.bundle import MODEL, Bundle
-from edgekit.host import host_device
 from edgekit.errors import ContextOverflow, ModelError, UserError
+from edgekit.host import host_device
 from edgekit.runtime.budget import MemoryPlan, plan_memory
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.sampling import Sampler, Sampling
@@ -45,13 +45,17 @@ class Timing:
 
 
 class Session:
-    """One loaded bundle and the cache of one conversation. Not safe for use by several threads at once."""
+    """One loaded bundle and the cache of one conversation.
+
+    It makes one answer at a time: `current` is the latest, and those before it cannot go on. Not for several threads.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self.bundle = bundle
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
+        self.current: Generation | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, context: int | None = None, threads: int | None = None) -> Session:
@@ -81,17 +85,19 @@ class Session:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of messages through the chat template.
 
-        Raises UserError for an empty prompt or messages without a template.
+        Raises UserError for an empty prompt, one that gives no tokens, or messages without a template.
         """
-        if isinstance(prompt, str):
-            if not prompt:
-                raise UserError("the prompt must not be empty")
-            return self.tokenizer.encode(prompt).ids
         if not prompt:
-            raise UserError("the prompt must hold at least one message")
-        if self.template is None:
+            raise UserError("the prompt must not be empty: write some text, or at least one message")
+        if isinstance(prompt, str):
+            ids: list[int] = self.tokenizer.encode(prompt).ids
+        elif self.template is None:
             raise UserError(f"chat needs a chat template: {self.bundle.path} has none; pass plain text (--raw)")
-        return self.tokenizer.encode(self.template.render(prompt), add_special_tokens=False).ids
+        else:
+            ids = self.tokenizer.encode(self.template.render(prompt), add_special_tokens=False).ids
+        if not ids:
+            raise UserError(f"the prompt must give tokens: the tokenizer makes none of {prompt!r:.80}")
+        return ids
 
     def generate(
         self,
@@ -153,6 +159,7 @@ class Generation:
 
     def _generate(self) -> Iterator[str]:
         engine, timing = self._session.engine, self.timing
+        self._session.current = self
         history = list(self._prompt)
         self.reused_tokens = _shared(engine.tokens, history[:-1])  # the last token must run, to give logits
         engine.rewind(self.reused_tokens)
@@ -181,6 +188,8 @@ class Generation:
             if len(engine.tokens) >= engine.context:
                 self.finish_reason = "context"
                 break
+            if self._session.current is not self:
+                raise UserError("a session makes one answer at a time: another began before this one had ended")
             logits = engine.forward([token])[-1]
             now = time.perf_counter()
             timing.gaps.append(now - clock)
@@ -208,20 +217,18 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def _template(bundle: Bundle) -> ChatTemplate | None:
-    if not bundle.has("chat_template.jinja"):
-        return None
-    source = bundle.file("chat_template.jinja").read_text()
-    return ChatTemplate(source, special_tokens=_special_tokens(bundle))
+    """The chat template: a file of its own, or, in older models, a text or named texts in tokenizer_config.json."""
+    config = _tokenizer_config(bundle)
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    if bundle.has("chat_template.jinja"):
+        source = _text(bundle, "chat_template.jinja")
+    return ChatTemplate(source, special_tokens=_special_tokens(config)) if isinstance(source, str) else None
 
 
-def _special_tokens(bundle: Bundle) -> dict[str, str]:
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and the like as tokenizer_config.json names them: strings, or tables with `content`."""
-    if not bundle.has("tokenizer_config.json"):
-        return {}
-    try:
-        config = json.loads(bundle.file("tokenizer_config.json").read_text())
-    except (ValueError, RecursionError) as problem:
-        raise ModelError(f"tokenizer_config.json of {bundle.path} must be JSON: {problem}") from problem
     found = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
@@ -229,3 +236,22 @@ def _special_tokens(bundle: Bundle) -> dict[str, str]:
         if isinstance(value, str):
             found[key] = value
     return found
+
+
+def _tokenizer_config(bundle: Bundle) -> dict[str, Any]:
+    if not bundle.has("tokenizer_config.json"):
+        return {}
+    try:
+        config = json.loads(_text(bundle, "tokenizer_config.json"))
+    except (ValueError, RecursionError) as problem:
+        raise ModelError(f"tokenizer_config.json of {bundle.path} must be JSON: {problem}") from problem
+    if not isinstance(config, dict):
+        raise ModelError(f"tokenizer_config.json of {bundle.path} must hold a JSON object")
+    return config
+
+
+def _text(bundle: Bundle, name: str) -> str:
+    try:
+        return bundle.file(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise ModelError(f"{name} of {bundle.path} must be UTF-8 text: {problem}") from problem

@@ -4,8 +4,8 @@ A template renders here as in transformers, but it is a stranger's program. So i
 may touch, how long it runs and how much it makes:
 
 - It sees plain JSON data, copied. The attributes, methods, filters, tests and globals that it may use are closed lists.
-- Each loop step, call, filter and operator goes through the sandbox, which looks at the clock there. A render is thus
-  stopped in whatever thread it runs, without a signal, a trace function, another thread or a process.
+- Each loop step, call, filter, test and operator goes through the sandbox, which looks at the clock there. A render is
+  thus stopped in whatever thread it runs, without a signal, a trace function, another thread or a process.
 - Each value that it makes is measured: before it is made where it could be much larger than its parts. The size is that
   of the tree, so a list that holds one list twice counts it twice. Hence no single step, in C or not, takes long, and
   the sum of all sizes bounds the memory.
@@ -244,7 +244,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         }
         filters = {name: FILTERS[name] for name in _FILTERS.split()} | own
         self.filters = {name: self._metered(function) for name, function in filters.items()}
-        self.tests = {name: TESTS[name] for name in _TESTS.split()}
+        tests: dict[str, Callable[..., Any]] = {name: TESTS[name] for name in _TESTS.split()}
+        self.tests = {name: self._metered(function) for name, function in tests.items()}
         self.globals = {
             "dict": _new_dict,
             "namespace": _new_namespace,
@@ -312,16 +313,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self._tick()
-        integers = [side for side in (left, right) if isinstance(side, int)]
-        _size(integers)
         if operator == "%" and isinstance(left, str):
             raise SecurityError("text may not be formatted by `%`")
-        if operator == "**" and len(integers) == 2 and left.bit_length() * abs(right) > MAX_BITS:
+        integers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and integers and left.bit_length() * abs(right) > MAX_BITS:
             raise SecurityError(f"an integer may have {MAX_BITS} bits")
-        if operator == "*" and len(integers) == 1:
-            value = right if left is integers[0] else left
-            if isinstance(value, (str, list, tuple)):
-                _allow((len(value) if isinstance(value, str) else _size(value)) * integers[0])
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, (str, list, tuple)) and isinstance(times, int):
+                    _allow((len(value) if isinstance(value, str) else _size(value)) * times)
         return self._made(super().call_binop(context, operator, left, right))
 
     @pass_context
@@ -473,23 +473,21 @@ class _Guard(NodeTransformer):
         node.iter = _through("ticking", node, node.iter)
         return node
 
+    def meter(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("same", node, node)
+
+    visit_Compare = visit_Dict = visit_List = meter
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _through("joined", node, *node.nodes)
 
-    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _through("same", node, node)
-
-    visit_Dict = visit_List
-
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return _through("same", node, node) if node.ctx == "load" else node
+        return self.meter(node) if node.ctx == "load" else self.generic_visit(node)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return _through("same", node, node) if isinstance(node.arg, nodes.Slice) else node
+        return self.meter(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
 
     def visit_Name(self, node: nodes.Name) -> nodes.Node:
         if node.name in {"self", "varargs", "kwargs"}:  # the last two are containers that nobody measured

@@ -76,7 +76,7 @@ class TextStream:
             self._keep(self._window[self._context :], open_end)
             self._context = len(self._window)
         elif pending > _PATIENCE and not open_end:
-            self._window.pop()  # it adds nothing, as special tokens do
+            self._window.pop()  # it adds nothing: a token that the function leaves out
         elif pending > _PATIENCE:
             self._keep(self._window[-_PATIENCE:], open_end)  # invalid bytes
             self._context = 0
@@ -110,7 +110,7 @@ class TextStream:
 def _decoder(
     decode: Callable[[list[int]], str] | Tokenizer, skip_special_tokens: bool
 ) -> tuple[Callable[[list[int]], str], frozenset[int]]:
-    """The function that decodes, and the tokens that it leaves out."""
+    """The function that decodes, and the tokens that it leaves out: in a window they would count as bytes to come."""
     if not isinstance(decode, Tokenizer):
         return decode, frozenset()
     tokenizer = decode

@@ -1,0 +1,244 @@
+"""The operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable.
+
+Products come in two modes. "float32" is what a function body computes: activations as they are. "int8" is what the
+native kernels compute: each block of a row of activations, n numbers x with peak p = max |x|, is multiplied as
+
+    p / 127 * rint(x * (127 / p)),        zeros where p is 0
+
+which is exact in integers, so kernels differ from this by the rounding of float sums alone. Sums are in float64 here.
+Arguments are the operator's inputs in the table's order and its attributes by name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.kernels.pack import Tiles, separate, untile
+from edgekit.weight import Bytes, Floats, unpack
+
+Doubles = NDArray[np.float64]
+Halves = NDArray[np.float16]
+Activations = Literal["float32", "int8"]
+
+
+def quant_linear(
+    x: Floats,
+    codes: Bytes,
+    scales: Halves,
+    zeros: Bytes,
+    minima: Halves,
+    bias: Floats,
+    residual: Floats,
+    *,
+    N: int,
+    K: int,
+    bits: int,
+    block: int,
+    activations: Activations = "int8",
+) -> Floats:
+    """x W^T + bias + residual: (..., N) float32 from x (..., K)."""
+    W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    return (product(x, W, block, activations) + bias + residual).astype(np.float32)
+
+
+def norm_quant_linear(
+    x: Floats,
+    norm: Floats,
+    codes: Bytes,
+    scales: Halves,
+    zeros: Bytes,
+    minima: Halves,
+    bias: Floats,
+    *,
+    N: int,
+    K: int,
+    bits: int,
+    block: int,
+    epsilon: float,
+    activations: Activations = "int8",
+) -> Floats:
+    """RMSNorm(x) W^T + bias: (..., N) float32."""
+    W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    return (product(rms_norm(x, norm, epsilon), W, block, activations) + bias).astype(np.float32)
+
+
+def gated_norm_quant_linear(
+    x: Floats,
+    norm: Floats,
+    codes: Bytes,
+    scales: Halves,
+    zeros: Bytes,
+    minima: Halves,
+    *,
+    N: int,
+    K: int,
+    bits: int,
+    block: int,
+    epsilon: float,
+    activations: Activations = "int8",
+) -> Floats:
+    """silu(n Wg^T) * (n Wu^T) with n = RMSNorm(x): (..., N / 2) float32. N counts the rows of Wg and of Wu."""
+    halves = separate(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    normed = rms_norm(x, norm, epsilon)
+    gate, up = (product(normed, matrix(half), block, activations) for half in halves)
+    with np.errstate(over="ignore"):  # where exp(-gate) is inf, silu is 0, as it should be
+        y = gate / (1 + np.exp(-gate)) * up
+    return y.astype(np.float32)
+
+
+def quant_embedding(
+    ids: NDArray[np.int64],
+    codes: Bytes,
+    scales: Halves,
+    zeros: Bytes,
+    minima: Halves,
+    *,
+    N: int,
+    K: int,
+    bits: int,
+    block: int,
+) -> Floats:
+    """W[ids]: (..., K) float32 from ids (...)."""
+    W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    return W.astype(np.float32)[ids]
+
+
+def attention(
+    qkv: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    head_dim: int,
+    local_window_size: int,
+) -> tuple[Floats, Halves, Halves]:
+    """Causal attention of T tokens, the last of them at index `last`, over a cache of S places.
+
+    qkv: (1, T, (num_heads + 2 kv_num_heads) head_dim), the heads of q, then k, then v. past_*: (1, kv_num_heads, S,
+    head_dim). cos, sin: (places, head_dim / 2), a row for each position. local_window_size: a token sees that many, the
+    last of which is itself; -1: all before it. Returns y (1, T, num_heads * head_dim), present_key and present_value,
+    which are the past with rotated keys and values of the T tokens written in, rounded to float16.
+    """
+    heads = _heads(qkv, head_dim)
+    q, k, v = np.split(heads, [num_heads, num_heads + kv_num_heads])
+    return _attend(q, k, v, past_key, past_value, last, cos, sin, local_window_size)
+
+
+def norm_attention(
+    qkv: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    q_norm: Floats,
+    k_norm: Floats,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    head_dim: int,
+    local_window_size: int,
+    epsilon: float,
+) -> tuple[Floats, Halves, Halves]:
+    """`attention` after RMSNorm of each head of q and k: norms (head_dim,)."""
+    heads = _heads(qkv, head_dim)
+    q, k, v = np.split(heads, [num_heads, num_heads + kv_num_heads])
+    q, k = rms_norm(q, q_norm, epsilon), rms_norm(k, k_norm, epsilon)
+    return _attend(q, k, v, past_key, past_value, last, cos, sin, local_window_size)
+
+
+# --- what they are made of --------------------------------------------------------------------------------------------
+
+
+def product(x: Floats, W: Doubles, block: int, activations: Activations) -> Doubles:
+    """x W^T, with the activations rounded to 8 bits in blocks where `activations` says so."""
+    y: Doubles = (x.astype(np.float64) if activations == "float32" else rounded(x, block)) @ W.T
+    return y
+
+
+def rounded(x: Floats, block: int) -> Doubles:
+    """x (..., K) after rounding to 8 bits in blocks of `block` columns: scale * code, exactly."""
+    columns = x.shape[-1]
+    padded = np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -columns % block)])
+    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    peak = np.abs(blocks).max(-1, keepdims=True)
+    codes = np.rint(blocks * (np.float32(127) / np.where(peak == 0, np.inf, peak)).astype(np.float32))
+    scale = (peak / np.float32(127)).astype(np.float64)
+    return (scale * codes).reshape(padded.shape)[..., :columns]
+
+
+def matrix(tiles: Tiles) -> Doubles:
+    """The values scale * (code - zero) + minimum of a matrix in tiles, (rows, columns), exactly."""
+    weight, minima = untile(tiles)
+    if minima is None:
+        return weight.dense().astype(np.float64)
+    codes = unpack(weight.codes, weight.bits).reshape(weight.shape[0], -1)[:, : weight.columns]
+    scale, minimum = (
+        x.astype(np.float64).repeat(weight.block, 1)[:, : weight.columns] for x in (weight.scales, minima)
+    )
+    values: Doubles = scale * codes + minimum
+    return values
+
+
+def rms_norm(x: Floats, norm: Floats, epsilon: float) -> Floats:
+    """x / sqrt(mean(x^2) + epsilon) * norm over the last axis, float32. Source: Zhang, Sennrich, arXiv 1910.07467."""
+    mean = np.mean(np.square(x.astype(np.float64)), axis=-1, keepdims=True)
+    normed: Floats = x * (1 / np.sqrt(mean + epsilon)).astype(np.float32) * norm
+    return normed
+
+
+def rotated(x: Floats, cos: Floats, sin: Floats) -> Floats:
+    """x (heads, T, head_dim) with each pair of channels (i, i + head_dim / 2) turned; cos, sin: (T, head_dim / 2)."""
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _tiles(
+    codes: Bytes, scales: Halves, zeros: Bytes, minima: Halves, *, N: int, K: int, bits: int, block: int
+) -> Tiles:
+    """The constants of an operator as a matrix; single zero points and minima are the defaults of the table."""
+    offsets = minima if minima.size > 1 else zeros if zeros.size > 1 else None
+    return Tiles(codes, scales, offsets, bits=bits, block=block, rows=N, columns=K)
+
+
+def _heads(qkv: Floats, head_dim: int) -> Floats:
+    """(1, T, heads * head_dim) as (heads, T, head_dim)."""
+    heads: Floats = qkv[0].reshape(qkv.shape[1], -1, head_dim).swapaxes(0, 1)
+    return heads
+
+
+def _attend(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    window: int,
+) -> tuple[Floats, Halves, Halves]:
+    """Attention of heads (heads, T, head_dim) that are normed but not yet rotated."""
+    tokens, head_dim = q.shape[1:]
+    total = int(last.reshape(())) + 1
+    position = np.arange(total - tokens, total)
+    keys, values = past_key.copy(), past_value.copy()
+    keys[0][:, position] = rotated(k, cos[position], sin[position])
+    values[0][:, position] = v
+
+    shared = len(q) // len(k)  # query heads that read the same keys
+    seen_keys, seen_values = (cache[0, :, :total].astype(np.float64).repeat(shared, axis=0) for cache in (keys, values))
+    queries = rotated(q, cos[position], sin[position]).astype(np.float64)
+    scores = queries @ seen_keys.swapaxes(1, 2) / np.sqrt(head_dim)
+    distance = position[:, None] - np.arange(total)
+    scores[:, (distance < 0) | (distance >= (window if window > 0 else total))] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = (weights / weights.sum(-1, keepdims=True)) @ seen_values  # (heads, T, head_dim)
+    return y.swapaxes(0, 1).reshape(1, tokens, -1).astype(np.float32), keys, values
