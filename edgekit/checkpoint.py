@@ -115,7 +115,7 @@ class Checkpoint:
         for name in self.tensors.names():
             module, _, leaf = name.rpartition(".")
             matrices, vectors = found.setdefault(block_of(name), ([], []))
-            if leaf in ("scales", "zeros") and module in self.structure:
+            if leaf in ("scales", "zeros", "minima") and module in self.structure:
                 continue
             if leaf == "codes" or (leaf == "weight" and len(self.tensors.shape(name)) == 2):
                 matrices.append(module)
@@ -134,11 +134,12 @@ class Checkpoint:
         if entry is None:
             self.shape(module)  # refuses what is no matrix
             return Dense(self.vector(module + ".weight"))
-        zeros = module + ".zeros"
+        zeros, minima = module + ".zeros", module + ".minima"
         quantized = Quantized(
             codes=self._read(module + ".codes"),
             scales=self._read(module + ".scales").astype(np.float16, copy=False),
             zeros=self._read(zeros) if zeros in self._names else None,
+            minima=self._read(minima) if minima in self._names else None,
             bits=entry.bits,
             block=entry.block,
             columns=entry.shape[1],
@@ -298,8 +299,9 @@ def write_block(path: Path, block: Block) -> dict[str, Entry]:
             continue
         tensors[module + ".codes"] = weight.codes
         tensors[module + ".scales"] = weight.scales
-        if weight.zeros is not None:
-            tensors[module + ".zeros"] = weight.zeros
+        for leaf, part in (("zeros", weight.zeros), ("minima", weight.minima)):
+            if part is not None:
+                tensors[f"{module}.{leaf}"] = part
         entries[module] = Entry("quantized", weight.bits, weight.block, weight.shape)
     safetensors.numpy.save_file({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, path)
     return entries

@@ -39,6 +39,7 @@ Needs = Literal["weights", "activations", "model"]
 STEPS = {
     "quant.int4": "edgekit.quant.rounding:Int4",
     "quant.int8": "edgekit.quant.rounding:Int8",
+    "quant.keep": "edgekit.quant.keep:Keep",
     "quant.rotate": "edgekit.quant.rotate:Rotate",
 }
 
@@ -173,7 +174,12 @@ def _matrix_outline(checkpoint: Checkpoint, module: str) -> MatrixOutline:
     shape = checkpoint.shape(module)
     if module not in checkpoint.structure:
         return MatrixOutline(shape, 4 * shape[0] * shape[1], dense=True)
-    parts = {f"{module}.codes": 1, f"{module}.scales": 2, f"{module}.zeros": 1}  # name -> bytes a number
+    parts = {
+        f"{module}.codes": 1,
+        f"{module}.scales": 2,
+        f"{module}.zeros": 1,
+        f"{module}.minima": 2,
+    }  # name -> bytes a number
     present = set(checkpoint.tensors.names()) & set(parts)
     return MatrixOutline(
         shape, sum(parts[part] * math.prod(checkpoint.tensors.shape(part)) for part in present), dense=False

@@ -42,7 +42,7 @@ def test_each_named_step_loads_and_keeps_the_protocol(name: str) -> None:
     [
         ("quant.int5", r"r\.toml, step\[0\]: use must name a step: got 'quant.int5'; did you mean 'quant.int"),
         ("rotate", "did you mean 'quant.rotate'"),
-        ("zzz", "known are quant.int4, quant.int8, quant.rotate"),
+        ("zzz", "known are quant.int4, quant.int8, quant.keep, quant.rotate"),
     ],
 )
 def test_an_unknown_step_names_the_place_and_the_nearest(name: str, message: str) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from edgekit.cli.terminal import json_option, output, print_json, progress, remarks, size
+from edgekit.cli.terminal import json_option, print_json, progress, remarks, size
+from edgekit.errors import UserError
 
 
-@click.command()
+@click.command(short_help="Make a model smaller by a recipe.")
 @click.argument("model")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("-r", "--recipe", default="int4", show_default=True, help="A built-in recipe, or a TOML file.")
@@ -39,7 +40,7 @@ def compress(
     from edgekit.recipe import load_recipe
 
     if target is None and not dry_run:
-        raise click.UsageError("name the output folder with -o, or pass --dry-run")
+        raise UserError("compress needs a folder to write: name it with -o, or pass --dry-run")
     steps = load_recipe(recipe)
     checkpoint = open_model(model, offline=offline, progress=lambda line: remarks().print(line))
     if dry_run:
@@ -47,7 +48,7 @@ def compress(
         if as_json:
             print_json(forecast)
         else:
-            output().print(forecast.to_text(), markup=False)
+            click.echo(forecast.to_text())
         return
     assert target is not None
     with progress("compressing", quiet=as_json) as advance:
@@ -64,8 +65,8 @@ def compress(
         return
     record = manifest.steps
     before, after = record[0].before_bytes, record[-1].after_bytes
-    output().print(f"{target}: {size(before)} -> {size(after)} ({before / after:.1f}x smaller), recipe {steps.name}")
+    click.echo(f"{target}: {size(before)} -> {size(after)} ({before / after:.1f}x smaller), recipe {steps.name}")
     for step in record:
-        facts = ", ".join(f"{name} {value:.3g}" for name, value in step.facts.items())
+        facts = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in step.facts.items())
         skipped = f", {len(step.skipped)} skipped" if step.skipped else ""
-        output().print(f"  {step.step}: {step.changed} matrices{skipped}, {step.seconds:.1f} s; {facts}", markup=False)
+        click.echo(f"  {step.step}: {step.changed} matrices{skipped} in {step.seconds:.1f} s{facts}")

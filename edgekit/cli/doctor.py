@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import platform
-
 import click
 
-from edgekit import __version__
-from edgekit.cli.terminal import json_option, output, print_json, size
+from edgekit.cli.terminal import json_option, print_json, size
 
 EXTRAS = {
     "convert": ("onnx", "safetensors", "gguf", "huggingface_hub", "ml_dtypes"),
@@ -17,36 +12,45 @@ EXTRAS = {
 }
 
 
-@click.command()
+@click.command(short_help="Check this installation and this machine.")
 @json_option
 def doctor(as_json: bool) -> None:
-    """Check this installation and this machine.
+    """Check what this installation can do here, and what is missing for the rest.
 
     \b
     edgekit doctor
     """
+    from importlib.util import find_spec
+
     from edgekit.host import host_device
+    from edgekit.manifest import versions
     from edgekit.profile.memory import available_bytes
 
-    host = host_device()
-    available = available_bytes()
-    missing = {name: [p for p in packages if importlib.util.find_spec(p) is None] for name, packages in EXTRAS.items()}
-    facts = {
-        "edgekit": __version__,
-        "python": platform.python_version(),
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
+    host, available = host_device(), available_bytes()
+    found = versions("onnxruntime", "numpy", "tokenizers")
+    missing = {extra: [name for name in packages if find_spec(name) is None] for extra, packages in EXTRAS.items()}
+    if as_json:
+        print_json(
+            {
+                "versions": found,
+                "kernels": "stock onnxruntime",
+                "machine": host.fingerprint(),
+                "threads": host.threads,
+                "memory_available_bytes": available,
+                "missing": missing,
+            }
+        )
+        return
+    lines = {
+        **found,
         "kernels": "stock onnxruntime",
-        "machine": host.title,
+        "machine": f"{host.title}, {host.arch}",
         "threads": str(host.threads or "unknown"),
         "features": " ".join(sorted(host.isa)) or "unknown",
         "memory available": "unknown" if available is None else size(available),
     }
-    for name, packages in missing.items():
-        facts[f"extra [{name}]"] = (
-            f"missing {', '.join(packages)}: pip install 'edgekit[{name}]'" if packages else "ready"
-        )
-    if as_json:
-        print_json(facts)
-        return
-    for key, value in facts.items():
-        output().print(f"{key:<20}{value}", markup=False)
+    for extra, packages in missing.items():
+        cure = f"missing {', '.join(packages)}: pip install 'edgekit[{extra}]'"
+        lines[f"extra [{extra}]"] = cure if packages else "ready"
+    for key, value in lines.items():
+        click.echo(f"{key:<20}{value}")

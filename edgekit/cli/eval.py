@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
+import contextlib
 from pathlib import Path
 
 import click
 
-from edgekit.cli.terminal import json_option, output, progress
+from edgekit.cli.terminal import json_option, output, progress, remarks
 from edgekit.errors import UserError
+from edgekit.evaluate.text import read_text
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure perplexity and multiple-choice accuracy.")
 @click.argument("target")
 @click.option("--text", type=click.Path(path_type=Path), help="A text file (.txt or .txt.gz): perplexity.")
-@click.option("--choices", multiple=True, type=click.Path(path_type=Path), help="A .jsonl file of questions: accuracy.")
+@click.option(
+    "--choices", multiple=True, type=click.Path(path_type=Path), help="Questions (.jsonl or .jsonl.gz): accuracy."
+)
 @click.option("--window", default=1024, show_default=True, help="Tokens of a perplexity window.")
 @click.option("--windows", type=int, help="Use only the first N windows.")
 @click.option("--limit", type=int, help="Use only the first N questions of each file.")
+@click.option("--context", type=int, help="Tokens of context to make room for; default: the model's.")
 @click.option("--threads", type=int, help="Default: the cores that this machine has for it.")
 @click.option("-o", "--output", "saved", type=click.Path(path_type=Path), help="Save the report.")
 @json_option
@@ -28,6 +32,7 @@ def evaluate(
     window: int,
     windows: int | None,
     limit: int | None,
+    context: int | None,
     threads: int | None,
     saved: Path | None,
     as_json: bool,
@@ -47,39 +52,36 @@ def evaluate(
         raise UserError("eval needs something to evaluate on: pass --text FILE or --choices FILE")
     content = read_text(text) if text else ""
     files = {path: load_items(path, limit=limit) for path in choices}
+    names = [path.name for path in files]
     rows = []
-    with open_scorer(target, threads=threads) as scorer:
+    with contextlib.ExitStack() as stack:
+        with remarks().status("opening the model") as status:
+            scorer = stack.enter_context(
+                open_scorer(target, context=context, threads=threads, on_progress=status.update)
+            )
         if text:
             with progress(f"perplexity of {text.name}", quiet=as_json) as advance:
                 found = perplexity(scorer, content, window=window, max_windows=windows, on_window=advance)
             note = f"{found.windows} windows of {window}, second halves"
             spread = found.spread if found.windows > 1 else None
-            rows.append(
-                Measurement(f"perplexity, {text.name}", found.value, "", n=found.tokens, spread=spread, note=note)
-            )
-            rows.append(Measurement(f"bits per byte, {text.name}", found.bits_per_byte, "bit", n=found.tokens))
+            rows += [
+                Measurement(f"perplexity, {text.name}", found.value, "", n=found.tokens, spread=spread, note=note),
+                Measurement(f"bits per byte, {text.name}", found.bits_per_byte, "bit", n=found.tokens),
+            ]
         for path, items in files.items():
-            with progress(path.name, quiet=as_json) as advance:
+            name = path.name if names.count(path.name) == 1 else str(path)
+            with progress(name, quiet=as_json) as advance:
                 share = accuracy(scorer, items, on_item=advance)
-            rows.append(Measurement(f"accuracy, {path.name}", share.accuracy, "%", n=share.n, spread=share.spread))
-            rows.append(
+            rows += [
+                Measurement(f"accuracy, {name}", share.accuracy, "%", n=share.n, spread=share.spread),
                 Measurement(
-                    f"accuracy by bytes, {path.name}", share.accuracy_norm, "%", n=share.n, spread=share.spread_norm
-                )
-            )
-        name = scorer.name
-    report = Report("eval", tuple(rows), versions=versions("numpy", "onnxruntime"), subject=name, created=now())
-    if saved:
-        report.save(saved)
+                    f"accuracy by bytes, {name}", share.accuracy_norm, "%", n=share.n, spread=share.spread_norm
+                ),
+            ]
+    report = Report("eval", tuple(rows), versions=versions("numpy", "onnxruntime"), subject=scorer.name, created=now())
     if as_json:
         click.echo(report.to_json())
     else:
         print_report(report, output())
-
-
-def read_text(path: Path) -> str:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode()
-    except (OSError, EOFError, ValueError) as problem:
-        raise UserError(f"--text must be a readable UTF-8 file: {path} ({problem})") from problem
+    if saved:
+        report.save(saved)  # last, so that a full disk does not take the result with it

@@ -9,7 +9,7 @@ import click
 from edgekit.cli.terminal import json_option, output, print_json, remarks
 
 
-@click.command()
+@click.command(short_help="Turn a model into a bundle that runs.")
 @click.argument("model")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option("--target", help="portable, x86 or arm; default: this machine's, or the device's.")
@@ -41,8 +41,8 @@ def export(
 
     chosen = load_device(device) if device else None
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
-    checkpoint = open_model(model)
-    with remarks().status("exporting") as status:
+    with remarks().status("opening the model") as status:
+        checkpoint = open_model(model, progress=status.update)
         manifest = run(
             checkpoint,
             folder,
@@ -56,4 +56,5 @@ def export(
     if as_json:
         print_json(manifest)
     else:
+        click.echo(f"{folder}: a bundle for {goal.name}")
         print_report(Report.load(folder / "report.json"), output())

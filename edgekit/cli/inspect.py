@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgekit.cli.terminal import json_option, output, print_json, size
+from edgekit.cli.terminal import json_option, output, print_json, remarks, size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from edgekit.checkpoint import Checkpoint
     from edgekit.manifest import Manifest
 
+Row = tuple[str, int, int, str]  # module, out, in, how it is stored
 
-@click.command()
+
+@click.command(short_help="Show what a model, checkpoint or bundle is made of.")
 @click.argument("model")
 @json_option
 def inspect(model: str, as_json: bool) -> None:
@@ -27,78 +29,90 @@ def inspect(model: str, as_json: bool) -> None:
     """
     from edgekit.manifest import NAME, Manifest
 
-    path = Path(model)
-    manifest = Manifest.load(path) if (path / NAME).is_file() else None
-    if manifest is not None and manifest.kind == "bundle":
-        from edgekit.bundle import Bundle
+    ours = os.path.isfile(os.path.join(model, NAME))
+    if ours and Manifest.load(Path(model), verify=False).kind == "bundle":
+        _inspect_bundle(Path(model), as_json=as_json)
+    else:
+        _inspect_checkpoint(model, as_json=as_json)
 
-        bundle = Bundle.open(path)
-        if as_json:
-            print_json(
-                {"manifest": json.loads((path / NAME).read_text()), "runtime": json.loads(bundle.spec.to_json())}
-            )
-            return
-        _print_history(manifest)
-        spec = bundle.spec
-        output().print(
-            f"{spec.architecture} for {spec.target}: {len(spec.layers)} layers, vocabulary {spec.vocabulary},"
-            f" context {spec.context_length}, cache {size(spec.cache_bytes(1))} a token"
-        )
+
+def _inspect_bundle(path: Path, *, as_json: bool) -> None:
+    from edgekit.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    spec = bundle.spec
+    if as_json:
+        print_json({"manifest": dataclasses.asdict(bundle.manifest), "runtime": dataclasses.asdict(spec)})
         return
-    _inspect_checkpoint(model, manifest, as_json=as_json)
+    _print_history(bundle.manifest)
+    _print(
+        f"{spec.architecture} for {spec.target}: {len(spec.layers)} layers, vocabulary {spec.vocabulary},"
+        f" context {spec.context_length}, cache {size(spec.cache_bytes(1))} a token"
+    )
 
 
-def _inspect_checkpoint(model: str, manifest: Manifest | None, *, as_json: bool) -> None:
+def _inspect_checkpoint(model: str, *, as_json: bool) -> None:
     from edgekit.model.sources import open_model
 
-    checkpoint = open_model(model)
-    rows = []
-    for block, (matrices, _) in checkpoint.blocks.items():
-        for module in matrices:
-            entry = checkpoint.structure.get(module)
-            stored = f"{entry.bits} bits, block {entry.block}" if entry else "float"
-            rows.append((block, module, checkpoint.shape(module), stored))
+    with remarks().status("opening the model") as status:
+        checkpoint = open_model(model, progress=status.update)
+        rows = _matrices(checkpoint)
+    manifest = checkpoint.manifest
     if as_json:
         print_json(
             {
-                "source": {"name": checkpoint.source.name, "kind": checkpoint.source.kind},
+                "manifest": manifest and dataclasses.asdict(manifest),
+                "source": dataclasses.asdict(checkpoint.source),
                 "config": checkpoint.config,
-                "matrices": [
-                    {"block": block, "module": module, "shape": shape, "stored": stored}
-                    for block, module, shape, stored in rows
-                ],
+                "matrices": [dict(zip(("module", "out", "in", "stored"), row, strict=True)) for row in rows],
             }
         )
         return
     if manifest is not None:
         _print_history(manifest)
     else:
-        output().print(f"{checkpoint.source.name} ({checkpoint.source.kind}), licence {checkpoint.source.license}")
-    output().print(_table(rows))
-    total = sum(rows * columns for _, _, (rows, columns), _ in rows)
-    output().print(f"{total / 1e6:.1f} million parameters in {len(rows)} matrices")
+        _print(f"{checkpoint.source.name} ({checkpoint.source.kind}), licence {checkpoint.source.license}")
+    _print_table(rows)
+    total = sum(out * columns for _, out, columns, _ in rows)
+    _print(f"{total / 1e6:.1f} million parameters in {len(rows)} matrices")
 
 
-def _table(rows: list[tuple[str, str, tuple[int, int], str]]) -> Table:
+def _matrices(checkpoint: Checkpoint) -> list[Row]:
+    rows = []
+    for matrices, _ in checkpoint.blocks.values():
+        for module in matrices:
+            entry = checkpoint.structure.get(module)
+            stored = f"{entry.bits} bits, block {entry.block}" if entry else "float"
+            rows.append((module, *checkpoint.shape(module), stored))
+    return rows
+
+
+def _print_table(rows: list[Row]) -> None:
     from rich.table import Table
+
+    from edgekit.report import plain
 
     table = Table(box=None, pad_edge=False)
     for heading in ("matrix", "out", "in", "stored"):
         table.add_column(heading, justify="right" if heading in ("out", "in") else "left")
-    for _, module, (out, columns), stored in rows:
-        table.add_row(module, str(out), str(columns), stored)
-    return table
+    for module, out, columns, stored in rows:
+        table.add_row(plain(module), str(out), str(columns), stored)
+    output().print(table)
 
 
 def _print_history(manifest: Manifest) -> None:
     source = manifest.source
-    output().print(f"{manifest.kind} from {source.name} ({source.kind}), licence {source.license}", markup=False)
-    output().print(f"source {source.digest[:12]}, recipe {manifest.recipe or 'none'}, written {manifest.created}")
+    _print(f"{manifest.kind} from {source.name} ({source.kind}), licence {source.license}")
+    _print(f"source {source.digest[:12]}, recipe {manifest.recipe or 'none'}, written {manifest.created}")
     for step in manifest.steps:
-        output().print(
-            f"  {step.step}: {step.changed} matrices, {size(step.before_bytes)} -> {size(step.after_bytes)}",
-            markup=False,
-        )
+        _print(f"{step.step}: {step.changed} matrices, {size(step.before_bytes)} -> {size(step.after_bytes)}", indent=2)
     for row in manifest.measurements:
         value = "n/a" if row.value is None else f"{row.value:.4g}"
-        output().print(f"  {row.name}: {value} {row.unit} {row.note}".rstrip(), markup=False)
+        _print(f"{row.name}: {value} {row.unit} {row.note}", indent=2)
+
+
+def _print(line: str, *, indent: int = 0) -> None:
+    """Print a line in which foreign text cannot steer the terminal."""
+    from edgekit.report import plain
+
+    click.echo(" " * indent + plain(line))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
+from typing import NoReturn
 
 import click
 
@@ -18,7 +20,9 @@ from edgekit.cli.export import export
 from edgekit.cli.inspect import inspect
 from edgekit.cli.profile import profile
 from edgekit.cli.run import run
-from edgekit.errors import EdgekitError
+from edgekit.errors import BudgetError, EdgekitError, UserError
+
+INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 
 
 class InOrder(click.Group):
@@ -27,19 +31,35 @@ class InOrder(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
 
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            from edgekit.schema import nearest
 
-@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+            raise UserError(f"no command is called {args[0]!r}{nearest(args[0], self.commands)}")
+        return super().resolve_command(context, args)
+
+
+@click.group(
+    cls=InOrder,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Make language models run well on small devices.
 
     \b
-    edgekit compress smollm2-135m -o small -r int4     a smaller checkpoint
-    edgekit export   small -o small.x86 --target x86   a bundle that runs
-    edgekit profile  small.x86                         speed and memory on this machine
-    edgekit run      small.x86 "What is the capital of France?"
+    edgekit compress smollm2-135m -o small -r int4    a smaller checkpoint
+    edgekit export small -o small.x86 --target x86    a bundle that runs
+    edgekit profile small.x86                         its speed and memory here
+    edgekit run small.x86 "What is the capital of France?"
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for _command in (compress, export, run, chat, profile, evaluate, inspect, devices, doctor, compare):
@@ -47,21 +67,49 @@ for _command in (compress, export, run, chat, profile, evaluate, inspect, device
 
 
 def main() -> None:
-    """Run the command line; errors become one line on stderr and the exit code of their kind."""
-    debug = "--debug" in sys.argv[1:]
+    """Run the command line; an error becomes one line on stderr and the exit code of its kind."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
+    debug = len(arguments) < len(sys.argv) - 1
     try:
-        cli(standalone_mode=False)
-    except EdgekitError as problem:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"error: {problem}", err=True)
-        sys.exit(problem.exit_code)
+        cli(arguments, prog_name="edgekit", standalone_mode=False)
     except click.ClickException as problem:
-        problem.show()
-        sys.exit(2)
+        _fail(f"error: {_in_our_style(problem)}", 2, debug=debug)
+    except EdgekitError as problem:
+        _fail(f"error: {problem}", problem.exit_code, debug=debug)
+    except OSError as problem:  # one that the library did not foresee, of a file that the user named
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
+        place = f": {problem.filename}" if problem.filename else ""
+        reason = problem.strerror or str(problem)
+        _fail(
+            f"error: the system refused: {reason}{place}", (BudgetError if full else UserError).exit_code, debug=debug
+        )
+    except MemoryError as problem:
+        hint = "close other programs, or use a smaller model or --context"
+        _fail(
+            f"error: memory ran out{f' ({problem})' if str(problem) else ''}; {hint}",
+            BudgetError.exit_code,
+            debug=debug,
+        )
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+        sys.exit(INTERRUPTED)
+    except Exception as problem:
+        text = f"{type(problem).__name__}: {problem}"
+        hint = "report what stands above" if debug else "run it again with --debug and report what it prints"
+        _fail(f"internal error: {text}; this is a bug of edgekit: {hint}", 1, debug=debug)
+
+
+def _fail(message: str, exit_code: int, *, debug: bool) -> NoReturn:
+    from edgekit.report import plain
+
+    if debug:
+        traceback.print_exc()
+    click.echo(plain(message), err=True)
+    sys.exit(exit_code)
+
+
+def _in_our_style(problem: click.ClickException) -> str:
+    """`No such option '--foo'.` -> `no such option '--foo'; see edgekit run --help`."""
+    message = problem.format_message().rstrip(".")
+    context = problem.ctx if isinstance(problem, click.UsageError) else None
+    return f"{message[:1].lower()}{message[1:]}; see {context.command_path if context else 'edgekit'} --help"

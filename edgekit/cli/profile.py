@@ -9,7 +9,7 @@ import click
 from edgekit.cli.terminal import json_option, output, progress
 
 
-@click.command()
+@click.command(short_help="Measure a bundle's speed and memory on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "saved", type=click.Path(path_type=Path), help="Save the report, for edgekit compare.")
 @click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt.")
@@ -46,9 +46,9 @@ def profile(
             threads=threads,
             on_repetition=advance,
         )
-    if saved:
-        report.save(saved)
     if as_json:
         click.echo(report.to_json())
     else:
         print_report(report, output())
+    if saved:
+        report.save(saved)  # last, so that a full disk does not take the result with it

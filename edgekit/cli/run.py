@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgekit.cli.terminal import json_option, print_json
+from edgekit.errors import UserError
 
 if TYPE_CHECKING:
     from edgekit.runtime.sampling import Sampling
+    from edgekit.runtime.session import Generation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +46,7 @@ def make_sampling(options: dict[str, Any]) -> Sampling:
     return Sampling(**{name: options[name] for name in names})
 
 
-@click.command()
+@click.command(short_help="Answer one prompt with a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option("--system", help="Instructions that come before the prompt.")
@@ -59,18 +62,18 @@ def run(bundle: Path, prompt: str, system: str | None, raw: bool, as_json: bool,
     from edgekit.runtime.session import Session
     from edgekit.runtime.template import Message
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     sampling = make_sampling(options)
     session = Session.open(bundle, context=options["context"], threads=options["threads"])
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    if text:
-        messages.append({"role": "user", "content": text})
-    plain = raw or session.template is None or not text
+    messages.append({"role": "user", "content": text})
+    plain = raw or session.template is None or not text  # no text is an error that encode() explains
     answer = session.generate(
         text if plain else messages, max_tokens=options["max_tokens"], sampling=sampling, stop=options["stop"]
     )
     if as_json:
         whole = answer.text()
+        gaps = answer.timing.gaps
         print_json(
             {
                 "text": whole,
@@ -78,15 +81,27 @@ def run(bundle: Path, prompt: str, system: str | None, raw: bool, as_json: bool,
                 "prompt_tokens": answer.prompt_tokens,
                 "generated_tokens": len(answer.tokens),
                 "first_token_ms": answer.timing.first_token * 1e3,
-                "tokens_per_second": 1 / (sum(answer.timing.gaps) / len(answer.timing.gaps))
-                if answer.timing.gaps
-                else None,
+                "tokens_per_second": len(gaps) / sum(gaps) if gaps else None,
             }
         )
         return
-    for piece in answer:
-        click.echo(piece, nl=False)
-    click.echo()
+    try:
+        for piece in answer:
+            click.echo(piece, nl=False)
+    finally:
+        click.echo()  # also when it is interrupted or fails: what comes next begins its own line
+    mention_cut(answer)
+
+
+def mention_cut(answer: Generation) -> None:
+    """Say on stderr why an answer ended that the model had not ended."""
     if answer.finish_reason != "stop":
         reason = "--max-tokens reached" if answer.finish_reason == "length" else "the context is full"
         click.echo(f"[cut: {reason}]", err=True)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as problem:
+        raise UserError(f"a prompt must be UTF-8: {problem.reason} at byte {problem.start}") from problem

@@ -1,6 +1,7 @@
 """What the commands share: consoles, progress, and results for machines.
 
-Results go to stdout, progress and remarks to stderr; rich leaves colours out where the output is no terminal.
+Results go to stdout, progress and remarks to stderr; rich leaves colours out where the output is no terminal. Lines of
+text are printed with `click.echo`, which never wraps them; tables and reports go to `output()`.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+UNLIMITED = 10_000  # columns
+
 json_option: Callable[[F], F] = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def output() -> Console:
-    """The console for results."""
+    """The console for results. Nothing is wrapped in a pipe or a file, and no text is taken for markup."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    return console
 
 
 def remarks() -> Console:
     """The console for progress and remarks."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(result: object) -> None:
     """Print a dataclass, or what JSON knows, as one object."""
-    plain = dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
-    click.echo(json.dumps(plain, indent=1, ensure_ascii=False))
+    known = dataclasses.is_dataclass(result) and not isinstance(result, type)
+    click.echo(json.dumps(dataclasses.asdict(result) if known else result, indent=1, ensure_ascii=False))  # type: ignore[call-overload]
 
 
 @contextmanager
@@ -46,7 +52,8 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int]
     """A bar on stderr; gives a function that is told (done, total). Nothing is drawn where stderr is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    title_column = TextColumn("{task.description}", markup=False)
+    columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = remarks()
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)

@@ -1,14 +1,15 @@
 """Multiple choice: the model's choice is the one whose text it finds most likely after the context.
 
 A file holds one JSON object a line: `context`, `choices`, `answer` (an index), and for partial evaluation `contexts`
-(one for each choice) with `continuation`. A choice is scored as log p(" " + choice | context); `accuracy` takes the
-highest sum, `accuracy_norm` the highest sum over the choice's UTF-8 bytes. A single choice is scored by greedy match.
-Source: EleutherAI/lm-evaluation-harness, whose tokenisation of context and continuation this follows.
+(one for each choice) with `continuation`; other keys are left alone. A choice is scored as log p(" " + choice |
+context); `accuracy` takes the highest sum, `accuracy_norm` the highest sum over the UTF-8 bytes of what is scored, the
+first of equal ones. A single choice is scored by greedy match.
+Source: EleutherAI/lm-evaluation-harness, whose split of context and continuation into tokens this follows. Of special
+tokens it has what the tokenizer adds by itself; what the harness adds depends on its version.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.errors import UserError
+from edgekit.errors import ModelError, UserError
 from edgekit.evaluate.perplexity import log_likelihoods
 from edgekit.evaluate.scorer import Scorer
+from edgekit.evaluate.text import read_text
 from edgekit.schema import parse
 
 
@@ -34,8 +36,12 @@ class Item:
     continuation: str = ""
 
     def __post_init__(self) -> None:
-        if not self.choices or not 0 <= self.answer < len(self.choices):
+        if not 0 <= self.answer < len(self.choices):
             raise UserError(f"the answer must be an index of its {len(self.choices)} choices: got {self.answer}")
+        if self.contexts and len(self.contexts) != len(self.choices):
+            raise UserError(
+                f"contexts must be one for each of the {len(self.choices)} choices: got {len(self.contexts)}"
+            )
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -46,7 +52,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares in percent, each with the half-width of its 95% interval (normal approximation), over `n` items."""
+    """Shares in percent, each with the half-width of its 95% interval (Wilson's), over `n` items."""
 
     accuracy: float
     accuracy_norm: float
@@ -56,30 +62,36 @@ class Accuracy:
 
 
 def load_items(path: Path, *, limit: int | None = None) -> list[Item]:
-    """Read items from .jsonl or .jsonl.gz. Raises UserError naming the line that is wrong."""
+    """Read items, the first `limit` of them, from .jsonl or .jsonl.gz; blank lines do not count.
+
+    Raises UserError: the file cannot be read or holds no item, and for a wrong line, which it names.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1: got {limit}")
     known = set(Item.__dataclass_fields__)
     items: list[Item] = []
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(items) >= limit:
-                    break
-                data = json.loads(line)
-                where = f"{path}:{number}"
-                if not isinstance(data, dict):
-                    raise UserError(f"{where} must be a JSON object")
-                items.append(parse(Item, {k: v for k, v in data.items() if k in known}, where=where))
-    except (OSError, ValueError, EOFError) as problem:
-        raise UserError(f"{path} must be readable lines of JSON: {problem}") from problem
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if len(items) == limit:
+            break
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise UserError(f"{where} must be a JSON object: {problem}") from problem
+        if not isinstance(data, dict):
+            raise UserError(f"{where} must be a JSON object: got {line.strip():.40}")
+        items.append(parse(Item, {key: value for key, value in data.items() if key in known}, where=where))
     if not items:
-        raise UserError(f"{path} must hold at least one item")
+        raise UserError(f"{path} must hold at least one item, a JSON object a line")
     return items
 
 
 def accuracy(
     scorer: Scorer, items: Sequence[Item], *, on_item: Callable[[int, int], None] = lambda done, total: None
 ) -> Accuracy:
-    """Score every item; `on_item` is told (items done, items in all)."""
+    """Score every item; `on_item` is told (items done, items in all). Raises UserError as `score` does."""
     plain, normed = [], []
     for done, item in enumerate(items, 1):
         sums, greedy = zip(*(score(scorer, *pair) for pair in item.pairs), strict=True)
@@ -87,7 +99,7 @@ def accuracy(
             plain.append(greedy[0])
             normed.append(greedy[0])
         else:
-            sizes = [max(1, len(choice.encode())) for choice in item.choices]
+            sizes = [max(1, len(continuation[1:].encode())) for _, continuation in item.pairs]
             plain.append(int(np.argmax(sums)) == item.answer)
             normed.append(int(np.argmax(np.divide(sums, sizes))) == item.answer)
         on_item(done, len(items))
@@ -104,22 +116,29 @@ def score(scorer: Scorer, context: str, continuation: str) -> tuple[float, bool]
     """log p(continuation | context) in nats, and whether greedy decoding would write just that.
 
     Spaces at the context's end move to the continuation, as tokenizers join them to the following word. A pair longer
-    than the model's context loses its beginning, as in the harness.
+    than the model's context loses its beginning, as in the harness. Raises UserError: no context or continuation is
+    left, or the continuation alone is longer than the model's context; ModelError: a logit is not finite.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     whole = scorer.tokenizer.encode(stripped + continuation).ids
     start = len(scorer.tokenizer.encode(stripped).ids)
-    targets = whole[start:]
-    ids = whole[-scorer.model.context - 1 :]
-    if not targets or len(ids) <= len(targets):
+    targets, limit = whole[start:], scorer.model.context
+    if not start or not targets:
         raise UserError(f"an item needs a context and a continuation: got {context[-40:]!r} and {continuation[:40]!r}")
-    inputs = ids[:-1]
+    if len(targets) > limit:
+        raise UserError(
+            f"a choice must fit in the context of {limit} tokens: {continuation[:40]!r}... has {len(targets)}"
+        )
+    inputs = whole[-limit - 1 : -1]
     shared = min(_common(scorer.model.tokens, inputs), len(inputs) - len(targets))
     scorer.model.rewind(shared)
     logits = scorer.model.forward(inputs[shared:], keep=len(targets))
     greedy = bool((logits.argmax(-1) == np.asarray(targets)).all())
-    return float(log_likelihoods(logits, targets).sum()), greedy
+    likelihood = float(log_likelihoods(logits, targets).sum())
+    if not math.isfinite(likelihood):
+        raise ModelError(f"a log-likelihood must be finite: it is {likelihood}; the model is damaged")
+    return likelihood, greedy
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -127,5 +146,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _half_width(outcomes: Sequence[bool]) -> float:
-    share = float(np.mean(outcomes))
-    return 196 * math.sqrt(share * (1 - share) / len(outcomes))
+    """Of Wilson's interval in percent: unlike the normal one it is not zero where all items came out alike.
+
+    Source: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    z, n, share = 1.96, len(outcomes), float(np.mean(outcomes))
+    return 100 * z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.errors import UserError
+from edgekit.errors import ModelError, UserError
 from edgekit.evaluate.scorer import Scorer, Sequencer
 from edgekit.weight import Floats
+
+LARGEST_LOSS = 700.0  # nats: exp of more is no float
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ def perplexity(
     """Perplexity of `text`; `on_window` is told (windows done, windows in all).
 
     The spread treats each window's mean as one observation.
-    Raises UserError when the text is shorter than one window, or the window longer than the model's context.
+    Raises UserError: the text is shorter than one window, the window longer than the model's context, or no window is
+    asked for; ModelError: the loss is not finite, or so large that its perplexity is not.
     """
     if not 4 <= window <= scorer.model.context:
         raise UserError(f"--window must be from 4 to the context of {scorer.model.context} tokens: got {window}")
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"--windows must be at least 1: got {max_windows}")
     ids = scorer.tokenizer.encode(text, add_special_tokens=False).ids
     total = len(ids) // window if max_windows is None else min(len(ids) // window, max_windows)
     if total < 1:
@@ -67,6 +72,8 @@ def perplexity(
     means = np.array([loss.mean() for loss in losses])
     count = sum(map(len, losses))
     mean = float(np.concatenate(losses).mean())
+    if not mean < LARGEST_LOSS:
+        raise ModelError(f"the loss must be finite: it is {mean:.4g} nats a token; the model is damaged")
     half = 1.96 * means.std(ddof=1) / math.sqrt(total) if total > 1 else float("nan")
     return Perplexity(
         value=math.exp(mean),
@@ -87,7 +94,8 @@ def window_losses(model: Sequencer, tokens: list[int]) -> NDArray[np.float64]:
 
 def log_likelihoods(logits: Floats, targets: list[int]) -> NDArray[np.float64]:
     """log p of each target under its row of logits (T, vocabulary), (T,) float64."""
-    shifted = logits - logits.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # an infinite logit gives NaN, which the callers refuse
+        shifted = logits - logits.max(-1, keepdims=True)
     chosen = shifted[np.arange(len(targets)), targets].astype(np.float64)
     total: NDArray[np.float64] = np.exp(shifted).sum(-1, dtype=np.float64)
     likelihood: NDArray[np.float64] = chosen - np.log(total)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from edgekit.bundle import SPEC
 from edgekit.manifest import NAME
 from edgekit.runtime.session import Session
 from edgekit.weight import Floats
@@ -39,20 +41,28 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def open_scorer(spec: str, *, context: int | None = None, threads: int | None = None) -> Iterator[Scorer]:
-    """Open a bundle, or any model source: that one is run in float32 through a graph in a temporary folder."""
-    path = Path(spec)
-    if (path / NAME).is_file() and (path / "runtime.json").is_file():
-        session = Session.open(path, context=context, threads=threads)
-        yield Scorer(path.name, session.engine, session.tokenizer)
+def open_scorer(
+    spec: str,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    on_progress: Callable[[str], None] = lambda stage: None,
+) -> Iterator[Scorer]:
+    """Open a bundle, or any model source: that one is run in float32 through a graph in a temporary folder.
+
+    `on_progress` is told each stage. Raises what `Session.open`, `open_model` and `export` raise.
+    """
+    if all(os.path.isfile(os.path.join(spec, name)) for name in (NAME, SPEC)):
+        session = Session.open(spec, context=context, threads=threads)
+        yield Scorer(Path(spec).resolve().name, session.engine, session.tokenizer)
         return
     from edgekit.export.export import export
     from edgekit.export.targets import find_target
     from edgekit.model.sources import open_model
 
-    checkpoint = open_model(spec)
+    checkpoint = open_model(spec, progress=on_progress)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         bundle = Path(folder) / "bundle"
-        export(checkpoint, bundle, target=find_target("portable"))
+        export(checkpoint, bundle, target=find_target("portable"), on_progress=on_progress)
         session = Session.open(bundle, context=context, threads=threads)
         yield Scorer(checkpoint.source.name, session.engine, session.tokenizer)

@@ -55,6 +55,10 @@ class Graph:
         self._constants[name] = _external(name, kind, values.shape, offset, values.nbytes)
         return name
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a constant of this name."""
+        return name in self._constants
+
     def same_bytes(self, name: str, other: str, shape: Sequence[int]) -> str:
         """A constant whose bytes are those of `other` in another shape: stored once, read twice."""
         source = self._constants[other]

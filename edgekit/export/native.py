@@ -23,11 +23,11 @@ from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.export.fit import layer_caches
 from edgekit.export.graph import Graph
-from edgekit.export.parts import Parts, concatenate
+from edgekit.export.parts import Parts
 from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
-from edgekit.weight import Quantized
+from edgekit.weight import Quantized, concatenate
 
 
 def build_native_decoder(checkpoint: Checkpoint, folder: Path, *, context: int) -> tuple[LayerCache, ...]:
@@ -160,8 +160,13 @@ class _NativeDecoder:
 
     def store(self, name: str, tiles: Tiles) -> list[str]:
         """A matrix as constants; what is there under its name already, such as a tied table, is not stored again."""
-        parts = ("codes", "scales", "zeros", "minima")
-        return [self.graph.constant(f"{name}.{part}", a) for part, a in zip(parts, tiles.constants(), strict=True)]
+        codes, scales, zeros, minima = tiles.constants()
+        return [
+            self.graph.constant(f"{name}.codes", codes),
+            self.graph.constant(f"{name}.scales", scales),
+            self.graph.constant(f"{name}.zeros", zeros),
+            self.graph.constant(f"{name}.minima", minima),
+        ]
 
     def nothing(self) -> str:
         """A single zero: what an operator gets where nothing is added."""

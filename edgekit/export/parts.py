@@ -22,7 +22,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.export.graph import Graph
 from edgekit.model.rope import tables
-from edgekit.weight import Dense, Floats, Quantized, Weight
+from edgekit.weight import Dense, Floats, Quantized, Weight, concatenate
 
 
 class Parts:
@@ -42,8 +42,8 @@ class Parts:
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
-        if isinstance(weight, Dense):
-            table = self.graph.constant(f"{module}.weight", weight.values)
+        if isinstance(weight, Dense) or weight.minima is not None:  # GatherBlockQuantized knows no minima
+            table = self.graph.constant(f"{module}.weight", weight.dense())
             return self.graph.node("Gather", [table, "input_ids"], module, axis=0)
         self.store(module, weight)
         rows, blocks, width = weight.codes.shape
@@ -139,7 +139,7 @@ class Parts:
 
     def quantized(self, module: str, weight: Quantized, x: str, *, bias: str, name: str, output: str) -> str:
         self.store(module, weight)
-        zeros = f"{module}.zeros" if weight.zeros is not None else ""
+        zeros = f"{module}.zeros" if f"{module}.zeros" in self.graph else ""
         return self.graph.contrib(
             "MatMulNBits",
             [x, f"{module}.codes", f"{module}.scales", zeros, "", bias],
@@ -154,9 +154,18 @@ class Parts:
 
     def store(self, module: str, weight: Quantized) -> None:
         self.graph.constant(f"{module}.codes", weight.codes)
-        self.graph.constant(f"{module}.scales", weight.scales.astype(np.float32))
-        if weight.zeros is not None:
+        scales = weight.scales.astype(np.float32)
+        if weight.minima is not None:
+            # s * q + m = s * (q - z) with the float zero point z = -m / s. A block without a scale has codes of zero,
+            # and is m * (0 + 1).
+            minima = weight.minima.astype(np.float32)
+            flat = scales == 0
+            scales = np.where(flat, minima, scales)
+            zeros = np.where(flat, np.float32(-1), -minima / np.where(scales == 0, np.float32(1), scales))
+            self.graph.constant(f"{module}.zeros", zeros)
+        elif weight.zeros is not None:
             self.graph.constant(f"{module}.zeros", weight.zeros)
+        self.graph.constant(f"{module}.scales", scales)
 
     def norm(self, module: str) -> str:
         return self.graph.constant(f"{module}.weight", self.checkpoint.vector(f"{module}.weight"))
@@ -184,24 +193,3 @@ class Parts:
                 inputs.append(helper.make_tensor_value_info(past, cache_type, dims))
                 outputs.append(helper.make_tensor_value_info(present, cache_type, dims))
         return inputs, outputs
-
-
-def concatenate(weights: Sequence[Weight]) -> Weight | None:
-    """Matrices over the same columns stacked by rows, or None when they are stored in different ways."""
-    if all(isinstance(weight, Dense) for weight in weights):
-        return Dense(np.concatenate([weight.dense() for weight in weights]))
-    if not all(isinstance(weight, Quantized) for weight in weights):
-        return None
-    parts = [weight for weight in weights if isinstance(weight, Quantized)]
-    first = parts[0]
-    layout = (first.bits, first.block, first.columns, first.zeros is None)
-    if any((part.bits, part.block, part.columns, part.zeros is None) != layout for part in parts):
-        return None
-    return Quantized(
-        codes=np.concatenate([part.codes for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
-        zeros=None if first.zeros is None else np.concatenate([p.zeros for p in parts if p.zeros is not None]),
-        bits=first.bits,
-        block=first.block,
-        columns=first.columns,
-    )

@@ -9,7 +9,7 @@ scale * (code - zero) + minimum.
     NormQuantLinear        y = n W^T + bias,                       n = RMSNorm(x) * norm
     GatedNormQuantLinear   y = silu(n Wg^T) * (n Wu^T),            the tiles of Wg and Wu take turns
     QuantEmbedding         y = W[ids]
-    Attention              rotary embedding of q and k, k and v appended to the cache, softmax(q k^T / sqrt(d)) v, causal
+    Attention              q and k rotated, k and v appended to the cache, then causal softmax(q k^T / sqrt(d)) v
     NormAttention          the same after RMSNorm of each q and k head
 """
 

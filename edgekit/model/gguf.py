@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf.quants import dequantize
@@ -28,9 +28,13 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.manifest import SourceRecord
 from edgekit.model.config import Rope
+from edgekit.model.gguf_codes import read_codes
 from edgekit.model.gguf_file import GgufFile, read_gguf
 from edgekit.model.gguf_tokenizer import end_token_ids, tokenizer_assets
 from edgekit.model.rope import frequencies
+from edgekit.weight import Quantized
+
+Number = TypeVar("Number", bound=np.generic)
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -93,20 +97,37 @@ class GgufReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.tensors[self.stored[name]].shape
 
+    def kind(self, name: str) -> str:
+        """The file's type of a tensor, such as `Q4_K`."""
+        return str(self.file.tensors[self.stored[name]].type.name)
+
+    def codes(self, name: str) -> Quantized:
+        """A matrix of one of the types in `gguf_codes.FORMATS` without rounding."""
+        stored = self.stored[name]
+        raw: NDArray[np.uint8] = self.file.data(stored)
+        heads = self._heads(stored)
+        order = None if heads is None else halves(np.arange(len(raw)), heads)
+        return read_codes(raw, self.kind(name), order)
+
     def read(self, name: str) -> NDArray[Any]:
         """A tensor as float32, a new array."""
         stored = self.stored[name]
         tensor = self.file.tensors[stored]
         values: NDArray[np.float32] = dequantize(self.file.data(stored), tensor.type)
-        if self.interleaved and ".attn_q." in stored:
-            values = halves(values, self.interleaved[0])
-        if self.interleaved and ".attn_k." in stored:
-            values = halves(values, self.interleaved[1])
+        heads = self._heads(stored)
+        if heads is not None:
+            values = halves(values, heads)
         return np.array(values) if tensor.type.name == "F32" else values  # F32 would still be a view of the file
 
+    def _heads(self, stored: str) -> int | None:
+        """How many heads' rows are interleaved in a tensor of the file; None where none are."""
+        if self.interleaved and ".attn_q." in stored:
+            return self.interleaved[0]
+        return self.interleaved[1] if self.interleaved and ".attn_k." in stored else None
 
-def halves(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo the interleaving of the rows of each head: (heads * d, ...) float32 to the same shape."""
+
+def halves(values: NDArray[Number], heads: int) -> NDArray[Number]:
+    """Undo the interleaving of the rows of each head: (heads * d, ...) to the same shape."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 

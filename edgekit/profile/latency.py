@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from edgekit.errors import UserError
 from edgekit.host import host_device
@@ -49,12 +50,16 @@ def profile(
         session = Session.open(path, context=context, threads=threads)
         loaded = time.perf_counter() - clock
         if max(prompt_tokens, generate_tokens) >= session.engine.context:
-            raise UserError(f"prompt and answer must fit in the context of {session.engine.context} tokens")
+            raise UserError(
+                f"--prompt and --generate must each be below the context of {session.engine.context} tokens:"
+                f" got {prompt_tokens} and {generate_tokens}; pass smaller ones, or a larger --context"
+            )
+        on_repetition(0, repetitions)
         for repetition in range(repetitions + 1):
             figures, between = _repeat(session, prompt_tokens, generate_tokens, seed=repetition)
-            on_repetition(repetition, repetitions)
             if repetition == 0:
                 continue  # warm-up
+            on_repetition(repetition, repetitions)
             gaps += [gap * 1e3 for gap in between]
             for name, (unit, numbers) in figures.items():
                 samples.setdefault(name, (unit, []))[1].extend(numbers)
@@ -69,7 +74,7 @@ def profile(
     ]
     return Report(
         title="profile",
-        subject=f"{path.name} {session.bundle.manifest.files['model.onnx'].sha256[:12]}",
+        subject=f"{path.resolve().name} {session.bundle.manifest.files['model.onnx'].sha256[:12]}",
         measurements=tuple(rows),
         machine={**host_device().fingerprint(), "threads": str(session.engine.threads)},
         versions=versions("numpy", "onnxruntime", "tokenizers"),
@@ -102,15 +107,23 @@ def _repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed:
 
 
 def _first_token(session: Session, ids: Sequence[int]) -> float:
-    """Seconds from a text of about as many tokens to the first token of its answer."""
-    text = session.tokenizer.decode(list(ids), skip_special_tokens=False)
-    tokens = session.tokenizer.encode(text)
-    if len(tokens.ids) >= session.engine.context:
-        text = text[: tokens.offsets[len(ids) - 1][1]]
+    """Seconds from a text of as many tokens to the first token of its answer."""
+    text = text_of_length(session.tokenizer, ids)
     session.engine.rewind(0)
     answer = session.generate(text, max_tokens=1)
     answer.text()
     return answer.timing.first_token
+
+
+def text_of_length(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """A text of `len(ids)` tokens, or a few less: what `ids` spell, cut, for it seldom makes the same tokens again.
+
+    It has at least one character, which may take more than one token.
+    """
+    text = tokenizer.decode(list(ids), skip_special_tokens=False) or "a"
+    while len((encoded := tokenizer.encode(text)).ids) > len(ids) and len(text) > 1:
+        text = text[: max(1, *(start for start, _ in encoded.offsets[: len(ids) + 1]))]
+    return str(text)
 
 
 def _drift(gaps: Sequence[float]) -> Measurement:
@@ -120,7 +133,8 @@ def _drift(gaps: Sequence[float]) -> Measurement:
 
 
 def _memory(session: Session, peak: PeakMemory) -> list[Measurement]:
-    rows = [Measurement("memory predicted", session.memory.total_bytes / 1e6, "MB", "predicted")]
+    note = f"with all {session.engine.context} tokens of context in the cache"
+    rows = [Measurement("memory predicted", session.memory.total_bytes / 1e6, "MB", "predicted", note=note)]
     for name, size in (("peak PSS", peak.peak_pss_bytes), ("peak RSS", peak.peak_rss_bytes)):
         note = "" if size is not None else "this system does not report it"
         rows.append(Measurement(name, None if size is None else size / 1e6, "MB", note=note))

@@ -85,16 +85,8 @@ def squared_error(W: Floats, rounded: Quantized) -> tuple[float, float]:
     """(sum of (W - rounded)**2, sum of W**2) over a matrix, a few rows at a time; their ratio is the noise power."""
     error = power = 0.0
     for part in _row_chunks(*rounded.shape):
-        rows = Quantized(
-            rounded.codes[part],
-            rounded.scales[part],
-            None if rounded.zeros is None else rounded.zeros[part],
-            bits=rounded.bits,
-            block=rounded.block,
-            columns=rounded.columns,
-        )
         exact = W[part]
-        difference = rows.dense()
+        difference = rounded.rows(part).dense()
         difference -= exact
         error += float(np.einsum("ij,ij->", difference, difference))
         power += float(np.einsum("ij,ij->", exact, exact))
