@@ -14,6 +14,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 
 from edgekit.errors import ModelError, UserError
 from edgekit.folder import inside
@@ -37,8 +40,9 @@ class LayerCache:
 class DecoderSpec:
     """What the runtime must know of a decoder graph beyond the graph itself.
 
-    `resident_bytes` is what the weights take in memory once onnxruntime has packed its own copy of them,
-    `activation_bytes` what one token's activations take.
+    `resident_bytes` is what the weights take in memory once they are loaded, `activation_bytes` what one token's
+    activations take. `operators` says whose the graph's are: with "edgekit" the kernel library is registered where
+    there is one, and the cache is float16; "stock" graphs keep it in float32.
     """
 
     architecture: str
@@ -50,6 +54,7 @@ class DecoderSpec:
     resident_bytes: int
     activation_bytes: int
     threads: int | None = None
+    operators: Literal["stock", "edgekit"] = "stock"
 
     def __post_init__(self) -> None:
         sizes = {"vocabulary": self.vocabulary, "context_length": self.context_length, "layers": len(self.layers)}
@@ -62,9 +67,15 @@ class DecoderSpec:
         if self.resident_bytes < 0 or self.activation_bytes < 0:
             raise ModelError(f"bytes must not be below 0: got {self.resident_bytes} and {self.activation_bytes}")
 
+    @property
+    def cache_type(self) -> np.dtype[Any]:
+        """The element type of keys and values."""
+        return np.dtype(np.float16 if self.operators == "edgekit" else np.float32)
+
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that keys and values of `tokens` tokens take, in float32."""
-        return sum(2 * 4 * layer.kv_heads * layer.head_dim for layer in self.layers) * tokens
+        """Bytes that keys and values of `tokens` tokens take."""
+        numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
+        return numbers * self.cache_type.itemsize * tokens
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

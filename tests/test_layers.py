@@ -37,28 +37,34 @@ class Layer:
 
 LAYERS = {
     # light: what runs, measures and serves a bundle
-    "core": Layer("__init__ errors folder schema manifest report bundle device host", "", "rich"),
+    "core": Layer("__init__ errors folder schema manifest report device host", "", "rich"),
+    "bundle": Layer("bundle", "core", "numpy"),
     "weight": Layer("weight", "core", "numpy"),
-    "kernels": Layer("kernels", "core weight", "numpy"),
-    "profile": Layer("profile", "core runtime", "numpy psutil"),
-    "runtime": Layer("runtime", "core weight kernels profile", "numpy onnxruntime tokenizers jinja2"),
+    "kernels": Layer("kernels", "core weight", "numpy onnxruntime"),
+    "profile": Layer("profile", "core bundle runtime", "numpy psutil tokenizers"),
+    "runtime": Layer("runtime", "core bundle weight kernels profile", "numpy onnxruntime tokenizers jinja2"),
     # convert: what makes a bundle, without torch
+    "functions": Layer("kernels.functions", "core kernels", "onnx"),
     "config": Layer("model.config model.rope", "core", "numpy"),
     "checkpoint": Layer("checkpoint", "core weight config", "numpy safetensors ml_dtypes"),
     "model": Layer("model", "core weight config checkpoint", "numpy gguf tokenizers huggingface_hub"),
     "step": Layer("step recipe", "core weight config checkpoint", "numpy"),
-    "quant": Layer("quant", "core weight config checkpoint step", "numpy"),
+    "quant": Layer("quant", "core weight config checkpoint model step", "numpy"),
     "compress": Layer("compress journal", "core weight config checkpoint step", "psutil safetensors"),
     "export": Layer(
-        "export", "core weight kernels config checkpoint model runtime", "numpy onnx onnxruntime tokenizers"
+        "export",
+        "core bundle weight kernels functions config checkpoint model runtime",
+        "numpy onnx onnxruntime tokenizers",
     ),
     # on top
-    "evaluate": Layer("evaluate", "core weight runtime export model", "numpy tokenizers"),
+    "evaluate": Layer("evaluate", "core bundle weight runtime export model", "numpy tokenizers"),
     "cli": Layer(
-        "cli", "core weight kernels profile runtime checkpoint model step compress export evaluate", "click rich"
+        "cli",
+        "core bundle weight kernels profile runtime checkpoint model step compress export evaluate",
+        "click rich",
     ),
 }
-LIGHT = ("core", "weight", "kernels", "profile", "runtime")
+LIGHT = ("core", "bundle", "weight", "kernels", "profile", "runtime")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_damaged_constants_are_noticed(tmp_path: Path, constant: str) -> None:
         file.seek(places(tmp_path)[constant])
         file.write(np.ones(100, np.float32).tobytes())
     engine = Engine(tmp_path / MODEL, SPEC, context=64, threads=1)
-    with pytest.raises(ModelError, match=r"mean KL \S+ \(bound 1e-05\)"):
+    with pytest.raises(ModelError, match=r"mean KL \S+ \(bound 1e-07\)"):
         check_parity(tiny_checkpoint(), engine, TWO, bounds=BOUNDS["float32"])
 
 

@@ -45,4 +45,4 @@ def compare(a: Path, b: Path, force: bool, as_json: bool) -> None:
             doubts.setdefault(row.note, []).append(row.name)
     output().print(table)
     for note, names in doubts.items():
-        click.echo(f"cannot tell, {note}: {', '.join(names)}")
+        click.echo(f"cannot tell, {note}: {'; '.join(names)}")

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgekit.cli.terminal import json_option, output, print_json
+from edgekit.cli.terminal import CommandGroup, json_option, output, print_json
 
 if TYPE_CHECKING:
     from edgekit.device import Device
 
 
-@click.group(invoke_without_command=True, short_help="List the machines that edgekit knows, and this one.")
+@click.group(
+    cls=CommandGroup, invoke_without_command=True, short_help="List the machines that edgekit knows, and this one."
+)
 @json_option
 @click.pass_context
 def devices(context: click.Context, as_json: bool) -> None:

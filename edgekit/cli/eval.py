@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgekit.cli.terminal import json_option, output, progress, remarks
+from edgekit.cli.terminal import json_option, output, progress, stages
 from edgekit.errors import UserError
 from edgekit.evaluate.text import read_text
 
@@ -55,10 +55,8 @@ def evaluate(
     names = [path.name for path in files]
     rows = []
     with contextlib.ExitStack() as stack:
-        with remarks().status("opening the model") as status:
-            scorer = stack.enter_context(
-                open_scorer(target, context=context, threads=threads, on_progress=status.update)
-            )
+        with stages("opening the model", quiet=as_json) as tell:
+            scorer = stack.enter_context(open_scorer(target, context=context, threads=threads, on_progress=tell))
         if text:
             with progress(f"perplexity of {text.name}", quiet=as_json) as advance:
                 found = perplexity(scorer, content, window=window, max_windows=windows, on_window=advance)

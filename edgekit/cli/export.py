@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgekit.cli.terminal import json_option, output, print_json, remarks
+from edgekit.cli.terminal import json_option, output, print_json, stages
 
 
 @click.command(short_help="Turn a model into a bundle that runs.")
@@ -41,8 +41,8 @@ def export(
 
     chosen = load_device(device) if device else None
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
-    with remarks().status("opening the model") as status:
-        checkpoint = open_model(model, progress=status.update)
+    with stages("opening the model", quiet=as_json) as tell:
+        checkpoint = open_model(model, progress=tell)
         manifest = run(
             checkpoint,
             folder,
@@ -51,7 +51,7 @@ def export(
             context=context,
             force=force,
             accept_drift=accept_drift,
-            on_progress=status.update,
+            on_progress=tell,
         )
     if as_json:
         print_json(manifest)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgekit.cli.terminal import json_option, output, print_json, remarks, size
+from edgekit.cli.terminal import json_option, output, print_json, size, stages
 
 if TYPE_CHECKING:
     from edgekit.checkpoint import Checkpoint
@@ -54,8 +54,8 @@ def _inspect_bundle(path: Path, *, as_json: bool) -> None:
 def _inspect_checkpoint(model: str, *, as_json: bool) -> None:
     from edgekit.model.sources import open_model
 
-    with remarks().status("opening the model") as status:
-        checkpoint = open_model(model, progress=status.update)
+    with stages("opening the model", quiet=as_json) as tell:
+        checkpoint = open_model(model, progress=tell)
         rows = _matrices(checkpoint)
     manifest = checkpoint.manifest
     if as_json:

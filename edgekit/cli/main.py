@@ -20,29 +20,14 @@ from edgekit.cli.export import export
 from edgekit.cli.inspect import inspect
 from edgekit.cli.profile import profile
 from edgekit.cli.run import run
+from edgekit.cli.terminal import CommandGroup
 from edgekit.errors import BudgetError, EdgekitError, UserError
 
 INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 
 
-class InOrder(click.Group):
-    """Lists the commands in the order in which one uses them."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def resolve_command(
-        self, context: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if not args[0].startswith("-") and args[0] not in self.commands:
-            from edgekit.schema import nearest
-
-            raise UserError(f"no command is called {args[0]!r}{nearest(args[0], self.commands)}")
-        return super().resolve_command(context, args)
-
-
 @click.group(
-    cls=InOrder,
+    cls=CommandGroup,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

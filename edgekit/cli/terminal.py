@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgekit.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,7 +23,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 UNLIMITED = 10_000  # columns
 
+
 json_option: Callable[[F], F] = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+class CommandGroup(click.Group):
+    """Lists its commands in the order in which one uses them, and names the nearest when there is none of a name."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = args[0] in self.commands or args[0].startswith("-")
+        if not known and not context.resilient_parsing:  # that is tab completion
+            from edgekit.schema import nearest
+
+            raise UserError(f"no command is called {args[0]!r}{nearest(args[0], self.commands)}")
+        return super().resolve_command(context, args)
 
 
 def output() -> Console:
@@ -58,6 +78,17 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int]
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def stages(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A moving line on stderr; gives a function that is told what it shall say. Nothing where that is no terminal."""
+    console = remarks()
+    if quiet or not console.is_terminal:
+        yield lambda stage: None
+        return
+    with console.status(title) as status:
+        yield status.update
 
 
 def size(count: float) -> str:

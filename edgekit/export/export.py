@@ -14,9 +14,11 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.device import Device
 from edgekit.errors import ModelError, UserError
 from edgekit.export.decoder import build_decoder
+from edgekit.export.native import build_native_decoder, runs_natively
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
+from edgekit.kernels.library import library_path
 from edgekit.manifest import Manifest, now, record_files, versions
 from edgekit.report import Measurement, Report
 from edgekit.runtime.engine import Engine
@@ -52,7 +54,11 @@ def export(
         raise UserError(f"--context must be from 1 to the model's {config.context_length}: got {context}")
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
-        layers = build_decoder(checkpoint, folder, context=longest, int8_activations=target.int8_activations)
+        native = target.native and library_path() is not None and runs_natively(checkpoint)
+        if native:
+            layers = build_native_decoder(checkpoint, folder, context=longest)
+        else:
+            layers = build_decoder(checkpoint, folder, context=longest, int8_activations=target.int8_activations)
         spec = DecoderSpec(
             architecture=config.architecture,
             target=target.name,
@@ -60,9 +66,10 @@ def export(
             context_length=longest,
             layers=layers,
             eos_ids=_eos_ids(checkpoint),
-            resident_bytes=_resident_bytes(checkpoint),
+            resident_bytes=(folder / WEIGHTS).stat().st_size if native else _packed_bytes(checkpoint),
             activation_bytes=_activation_bytes(checkpoint),
             threads=device.threads if device else None,
+            operators="edgekit" if native else "stock",
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -154,8 +161,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         raise ModelError(f"tokenizer.json of {checkpoint.source.name} must be a tokenizer: {problem}") from problem
 
 
-def _resident_bytes(checkpoint: Checkpoint) -> int:
-    """See `DecoderSpec.resident_bytes`. A tied table is held twice: mapped for look-ups, packed for the head."""
+def _packed_bytes(checkpoint: Checkpoint) -> int:
+    """What stock onnxruntime holds: a packed copy of each matrix, and a tied table mapped for look-ups beside it."""
     total = 0.0
     for matrices, vectors in checkpoint.blocks.values():
         for module in matrices:

@@ -43,7 +43,7 @@ class Bounds:
     agreement: float
 
 
-BOUNDS = {"float32": Bounds(kl=1e-5, agreement=1.0), "int8": Bounds(kl=0.05, agreement=0.9)}
+BOUNDS = {"float32": Bounds(kl=1e-7, agreement=1.0), "int8": Bounds(kl=0.05, agreement=0.9)}
 
 
 def check_parity(

@@ -15,19 +15,24 @@ TargetName = Literal["portable", "x86", "arm"]
 
 @dataclass(frozen=True)
 class Target:
-    """`int8_activations`: quantised matrices multiply in integers, which is several times faster where the processor
-    has 8-bit dot products, at a small loss that the parity check measures. `portable` multiplies in float32."""
+    """Where a bundle runs.
+
+    `native`: through our own operators, where the model is quantised and their kernels are at hand. `int8_activations`:
+    stock operators multiply quantised matrices in integers, which is several times faster where the processor has 8-bit
+    dot products, at a small loss that the parity check measures; without it they multiply in float32.
+    """
 
     name: TargetName
     arch: str
     device: str
+    native: bool
     int8_activations: bool
 
 
 TARGETS: dict[str, Target] = {
-    "portable": Target("portable", "any", "", int8_activations=False),
-    "x86": Target("x86", "x86_64", "generic-x86", int8_activations=True),
-    "arm": Target("arm", "aarch64", "pi5", int8_activations=True),
+    "portable": Target("portable", "any", "", native=False, int8_activations=False),
+    "x86": Target("x86", "x86_64", "generic-x86", native=True, int8_activations=True),
+    "arm": Target("arm", "aarch64", "pi5", native=True, int8_activations=True),
 }
 
 

@@ -46,30 +46,20 @@ class Tiles:
         return self.codes, self.scales, zeros, minima
 
 
-def tile(weight: Quantized, minima: Halves | None = None) -> Tiles:
-    """Lay a matrix out in tiles; rows past the last are zero.
-
-    `minima`, (out, blocks) float16, makes the values scale * code + minimum; then `weight` has no zero points.
-    Raises ModelError: zero points and minima at once, minima of another shape than the scales, a block that is not
-    a multiple of 32.
-    """
+def tile(weight: Quantized) -> Tiles:
+    """Lay a matrix out in tiles; rows past the last are zero. Raises ModelError: a block not a multiple of 32."""
     rows, columns = weight.shape
     blocks = weight.scales.shape[1]
     if weight.block % GROUP:
         raise ModelError(f"tiles need blocks of a multiple of {GROUP} columns: got {weight.block}")
-    if minima is not None and (weight.zeros is not None or minima.shape != weight.scales.shape):
-        raise ModelError(
-            f"minima must have the scales' shape {weight.scales.shape} and no zero points beside them: got"
-            f" {minima.shape}, zero points {'absent' if weight.zeros is None else 'present'}"
-        )
     codes = _whole_tiles(unpack(weight.codes, weight.bits).reshape(rows, blocks, weight.block))
     # (tiles, 16, blocks, groups, 8 runs, 4 columns) -> (tiles, blocks, groups, 8 runs, 16 rows, 4 columns)
     runs = codes.reshape(-1, LANES, blocks, weight.block // GROUP, 8, 4).transpose(0, 2, 3, 4, 1, 5)
     if weight.bits == 4:
         runs = runs[:, :, :, :4] | (runs[:, :, :, 4:] << np.uint8(4))
     offsets: Bytes | Halves | None = None
-    if minima is not None:
-        offsets = _lanes(minima)
+    if weight.minima is not None:
+        offsets = _lanes(weight.minima)
     elif weight.zeros is not None:
         offsets = _lanes(unpack(weight.zeros, weight.bits)[:, :blocks])
     return Tiles(
@@ -83,8 +73,8 @@ def tile(weight: Quantized, minima: Halves | None = None) -> Tiles:
     )
 
 
-def untile(tiles: Tiles) -> tuple[Quantized, Halves | None]:
-    """Undo `tile`: the matrix and its minima."""
+def untile(tiles: Tiles) -> Quantized:
+    """Undo `tile`."""
     blocks = tiles.scales.shape[1]
     runs = tiles.codes.reshape(-1, blocks, tiles.block // GROUP, tiles.bits, LANES, 4)  # as many runs as bits
     if tiles.bits == 4:
@@ -95,15 +85,15 @@ def untile(tiles: Tiles) -> tuple[Quantized, Halves | None]:
         zeros = pack(_rows(tiles.offsets.astype(np.uint8, copy=False), tiles.rows), tiles.bits)
     elif tiles.offsets is not None:
         minima = _rows(tiles.offsets.astype(np.float16, copy=False), tiles.rows)
-    weight = Quantized(
+    return Quantized(
         pack(codes, tiles.bits),
         _rows(tiles.scales, tiles.rows),
         zeros,
         bits=tiles.bits,
         block=tiles.block,
         columns=tiles.columns,
+        minima=minima,
     )
-    return weight, minima
 
 
 def interleave(gate: Tiles, up: Tiles) -> Tiles:

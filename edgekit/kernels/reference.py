@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.kernels.pack import Tiles, separate, untile
-from edgekit.weight import Bytes, Floats, unpack
+from edgekit.weight import Bytes, Floats
 
 Doubles = NDArray[np.float64]
 Halves = NDArray[np.float16]
@@ -85,8 +85,8 @@ def gated_norm_quant_linear(
     normed = rms_norm(x, norm, epsilon)
     gate, up = (product(normed, matrix(half), block, activations) for half in halves)
     with np.errstate(over="ignore"):  # where exp(-gate) is inf, silu is 0, as it should be
-        y = gate / (1 + np.exp(-gate)) * up
-    return y.astype(np.float32)
+        y: Floats = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
+    return y
 
 
 def quant_embedding(
@@ -171,20 +171,13 @@ def rounded(x: Floats, block: int) -> Doubles:
     peak = np.abs(blocks).max(-1, keepdims=True)
     codes = np.rint(blocks * (np.float32(127) / np.where(peak == 0, np.inf, peak)).astype(np.float32))
     scale = (peak / np.float32(127)).astype(np.float64)
-    return (scale * codes).reshape(padded.shape)[..., :columns]
+    values: Doubles = (scale * codes).reshape(padded.shape)[..., :columns]
+    return values
 
 
 def matrix(tiles: Tiles) -> Doubles:
-    """The values scale * (code - zero) + minimum of a matrix in tiles, (rows, columns), exactly."""
-    weight, minima = untile(tiles)
-    if minima is None:
-        return weight.dense().astype(np.float64)
-    codes = unpack(weight.codes, weight.bits).reshape(weight.shape[0], -1)[:, : weight.columns]
-    scale, minimum = (
-        x.astype(np.float64).repeat(weight.block, 1)[:, : weight.columns] for x in (weight.scales, minima)
-    )
-    values: Doubles = scale * codes + minimum
-    return values
+    """The values scale * (code - zero) + minimum of a matrix in tiles, (rows, columns)."""
+    return untile(tiles).dense().astype(np.float64)
 
 
 def rms_norm(x: Floats, norm: Floats, epsilon: float) -> Floats:

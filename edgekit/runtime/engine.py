@@ -13,6 +13,7 @@ import mmap
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import DecoderSpec
 from edgekit.errors import ContextOverflow, DeviceError
+from edgekit.kernels import library
 from edgekit.runtime.budget import PREFILL_CHUNK
 
 
@@ -27,7 +29,7 @@ class Engine:
     """Feeds tokens and gives logits. Not safe for use by several threads at once.
 
     `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold; `run_seconds`
-    adds up the time spent inside onnxruntime.
+    adds up the time spent inside onnxruntime; `native` says whether our kernels run.
     """
 
     def __init__(self, model: Path, spec: DecoderSpec, *, context: int, threads: int) -> None:
@@ -41,6 +43,9 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised as well
+        self.native = spec.operators == "edgekit" and library.register(
+            options, decode_threads=threads, prefill_threads=threads
+        )
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
@@ -107,27 +112,28 @@ class Engine:
         self._cache = []
         for index, layer in enumerate(self.spec.layers):
             for part in ("key", "value"):
-                buffer = _lazy_zeros((1, layer.kv_heads, self.context, layer.head_dim))
+                shape = (1, layer.kv_heads, self.context, layer.head_dim)
+                buffer = _lazy_zeros(shape, self.spec.cache_type)
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
                 self._binding.bind_ortvalue_output(f"present.{index}.{part}", value)
                 self._cache.append((buffer, value))
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _lazy_zeros(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
     """Zeros whose pages take no memory until they are written.
 
     NumPy asks for huge pages, and then the first token of each head would commit 2 MB: the whole cache at once.
     Raises MemoryError when the system has no room for them.
     """
     try:
-        pages = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, math.prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as problem:
         raise MemoryError(str(problem)) from problem
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without huge pages
             pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, np.float32).reshape(shape)
+    return np.frombuffer(pages, kind).reshape(shape)
 
 
 def _first_line(problem: Exception) -> str:

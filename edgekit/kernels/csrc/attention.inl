@@ -80,7 +80,6 @@ void widen_block(const uint16_t* from, int64_t count, int64_t head_dim, float* t
 
 // Sixteen query rows against one block of keys: scores[j] has a lane for each row.
 void block_scores(const float* q, const float* keys, int64_t head_dim, float* scores) {
-  constexpr int kAtOnce = 8;
   for (int j = 0; j < kKeyBlock; j += kAtOnce) {
     Floats acc[kAtOnce];
     for (int k = 0; k < kAtOnce; ++k) acc[k] = zeros();
@@ -94,7 +93,7 @@ void block_scores(const float* q, const float* keys, int64_t head_dim, float* sc
 
 // out[row] = out[row] * shrink[row] + sum_j weights[j][row] * values[j], for sixteen rows.
 void block_values(const float* weights, const float* values, const float* shrink, int64_t head_dim, float* out) {
-  constexpr int kRows = 4;
+  constexpr int kRows = kAtOnce / 2;
   for (int r = 0; r < kLanes; r += kRows) {
     for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
       const bool both = d + kLanes < head_dim;

@@ -5,12 +5,10 @@
 //   scale_w * scale_x * (sum q_w q_x - zero * sum q_x)        (kMinimum: ... + minimum * scale_x * sum q_x)
 //
 // in integers up to the scales. The integer accumulator starts at -zero * sum q_x, so symmetric weights cost no more
-// than bare dot products. kMaxRows rows of activations share each unpacking of the weights.
+// than bare dot products. kAtOnce rows of activations share each unpacking of the weights.
 
 namespace edgekit {
 namespace {
-
-constexpr int kMaxRows = 8;
 
 // Columns of 32 of one tile as 8 vectors of codes.
 template <int Bits>
@@ -56,7 +54,7 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
       codes += kGroupBytes;
       for (int m = 0; m < Rows; ++m) {
         const int8_t* row = x.codes + (first + m) * x.width + b * w.block + 32 * g;
-        for (int k = 0; k < 8; ++k) acc[m] = dot(acc[m], unpacked[k], row + 4 * k);
+        acc[m] = dot<Bits>(acc[m], unpacked, row);
       }
     }
     const Floats scale = load_half(scales + b * kLanes);
@@ -86,9 +84,11 @@ inline Floats exponential(Floats x) {
   Floats r = fma(n, all(-0.693359375f), x);
   r = fma(n, all(2.12194440e-4f), r);
   Floats p = all(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    p = fma(p, r, all(c));
-  }
+  p = fma(p, r, all(1.3981999507e-3f));
+  p = fma(p, r, all(8.3334519073e-3f));
+  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(1.6666665459e-1f));
+  p = fma(p, r, all(5.0000001201e-1f));
   p = fma(mul(p, r), r, add(r, all(1.0f)));
   return scale_by_power(p, n);
 }
@@ -138,7 +138,7 @@ void tiles_product(const Matrix& w, const Activations& x, const Epilogue& end, f
                    int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
     int64_t row = 0;
-    for (; row + kMaxRows <= x.rows; row += kMaxRows) rows_product<Bits, Kind, kMaxRows>(w, x, end, y, stride, tile, row);
+    for (; row + kAtOnce <= x.rows; row += kAtOnce) rows_product<Bits, Kind, kAtOnce>(w, x, end, y, stride, tile, row);
     for (; row + 2 <= x.rows; row += 2) rows_product<Bits, Kind, 2>(w, x, end, y, stride, tile, row);
     if (row < x.rows) rows_product<Bits, Kind, 1>(w, x, end, y, stride, tile, row);
   }
@@ -175,7 +175,7 @@ void quantize(const float* x, int64_t columns, const float* norm, float epsilon,
       for (; i + kLanes <= columns; i += kLanes) squares = fma(load(in + i), load(in + i), squares);
       float total = sum(squares);
       for (; i < columns; ++i) total += in[i] * in[i];
-      gain = 1.0f / std::sqrt(total / static_cast<float>(columns) + epsilon);
+      gain = 1.0f / sqrtf(total / static_cast<float>(columns) + epsilon);
     }
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t from = b * block, count = columns - from < block ? columns - from : block;
@@ -198,7 +198,9 @@ void quantize(const float* x, int64_t columns, const float* norm, float epsilon,
       int32_t total = 0;
       int8_t* codes = out.codes + row * out.width + from;
       for (int i = 0; i < block; i += kLanes) {
-        total += store_codes(codes + i, round(mul(load(values + i), all(inverse))));
+        // What is not a number, or too small for `inverse` to be one, still gives a code.
+        const Floats scaled = min(max(mul(load(values + i), all(inverse)), all(-127.0f)), all(127.0f));
+        total += store_codes(codes + i, round(scaled));
       }
       out.scales[row * out.blocks + b] = peak / 127.0f;
       out.sums[row * out.blocks + b] = total;

@@ -28,9 +28,10 @@ struct Matrix {
   int block;
   int64_t rows;
   int64_t columns;
-  int64_t blocks() const { return (columns + block - 1) / block; }
-  int64_t tiles() const { return (rows + kLanes - 1) / kLanes; }
-  int64_t tile_codes() const { return blocks() * kLanes * block * bits / 8; }
+  // Always inline, here and below: the linker keeps one copy of a function, and that may be for another processor.
+  [[gnu::always_inline]] int64_t blocks() const { return (columns + block - 1) / block; }
+  [[gnu::always_inline]] int64_t tiles() const { return (rows + kLanes - 1) / kLanes; }
+  [[gnu::always_inline]] int64_t tile_codes() const { return blocks() * kLanes * block * bits / 8; }
 };
 
 // Rows of activations in 8 bits: value = scale * code within a block; sums are of the codes of a block.

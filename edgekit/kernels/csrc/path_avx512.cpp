@@ -1,12 +1,25 @@
-#include <cmath>
+// AVX-512 with VNNI.
+#include <math.h>
+
 #include <cstring>
-#include <initializer_list>
 
 #include "path.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+
 #include "vec_avx512.h"
 #include "linear.inl"
 #include "attention.inl"
 
 namespace edgekit {
-extern const Path kAvx512{"avx512", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+constexpr Path kPath{"avx512", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+extern const Path* const kAvx512 = &kPath;
+}  // namespace edgekit
+
+#else
+
+namespace edgekit {
+extern const Path* const kAvx512 = nullptr;  // not compiled for such a processor
 }
+
+#endif

@@ -1,7 +1,14 @@
 // Sixteen lanes in one 512-bit register: AVX-512 with VNNI.
 #pragma once
 
+// GCC's own header reads what it calls undefined on purpose, and GCC 12 warns of that.
+#pragma GCC diagnostic push
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 #include <cstring>
@@ -19,6 +26,7 @@ struct Bytes {  // 16 lanes of 4 bytes
   __m512i v;
 };
 
+constexpr int kAtOnce = 8;      // sums that the registers hold beside their operands
 constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
 
 inline Floats zeros() { return {_mm512_setzero_ps()}; }
@@ -36,13 +44,14 @@ inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// b where a or b is not a number, as in `min`
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
-// x * 2^n for whole n, |n| < 127
+// x * 2^n for whole n from -126 to 127
 inline Floats scale_by_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 inline Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -62,11 +71,15 @@ inline Bytes low_halves(Bytes b) { return {_mm512_and_si512(b.v, _mm512_set1_epi
 inline Bytes high_halves(Bytes b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
 inline Bytes wide(Bytes b) { return b; }  // 8-bit codes in the form that `dot` wants
 
-// acc + the sum over each lane's 4 bytes of code * x, x being 4 signed bytes, the same for all lanes
-inline Ints dot(Ints acc, Bytes codes, const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
+// acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
+template <int Bits>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  for (int k = 0; k < 8; ++k) {
+    int32_t four;
+    std::memcpy(&four, x + 4 * k, 4);
+    acc.v = _mm512_dpbusd_epi32(acc.v, codes[k].v, _mm512_set1_epi32(four));
+  }
+  return acc;
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

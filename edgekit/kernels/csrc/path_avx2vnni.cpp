@@ -1,0 +1,25 @@
+// AVX-VNNI: the dot products of AVX-512 in 256-bit registers.
+#include <math.h>
+
+#include <cstring>
+
+#include "path.h"
+
+#if defined(__AVXVNNI__) && defined(__FMA__) && defined(__F16C__)
+
+#include "vec_avx2.h"
+#include "linear.inl"
+#include "attention.inl"
+
+namespace edgekit {
+constexpr Path kPath{"avx2vnni", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+extern const Path* const kAvx2Vnni = &kPath;
+}  // namespace edgekit
+
+#else
+
+namespace edgekit {
+extern const Path* const kAvx2Vnni = nullptr;  // not compiled for such a processor
+}
+
+#endif

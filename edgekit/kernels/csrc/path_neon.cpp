@@ -1,0 +1,25 @@
+// NEON as every 64-bit Arm has it.
+#include <math.h>
+
+#include <cstring>
+
+#include "path.h"
+
+#if defined(__aarch64__)
+
+#include "vec_neon.h"
+#include "linear.inl"
+#include "attention.inl"
+
+namespace edgekit {
+constexpr Path kPath{"neon", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+extern const Path* const kNeon = &kPath;
+}  // namespace edgekit
+
+#else
+
+namespace edgekit {
+extern const Path* const kNeon = nullptr;  // not compiled for such a processor
+}
+
+#endif

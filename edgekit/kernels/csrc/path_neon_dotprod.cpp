@@ -1,0 +1,25 @@
+// NEON with the dot products of Armv8.2.
+#include <math.h>
+
+#include <cstring>
+
+#include "path.h"
+
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+
+#include "vec_neon.h"
+#include "linear.inl"
+#include "attention.inl"
+
+namespace edgekit {
+constexpr Path kPath{"neon_dotprod", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+extern const Path* const kNeonDotprod = &kPath;
+}  // namespace edgekit
+
+#else
+
+namespace edgekit {
+extern const Path* const kNeonDotprod = nullptr;  // not compiled for such a processor
+}
+
+#endif

@@ -1,0 +1,25 @@
+// NEON with dot products of unsigned and signed numbers.
+#include <math.h>
+
+#include <cstring>
+
+#include "path.h"
+
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
+
+#include "vec_neon.h"
+#include "linear.inl"
+#include "attention.inl"
+
+namespace edgekit {
+constexpr Path kPath{"neon_i8mm", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+extern const Path* const kNeonI8mm = &kPath;
+}  // namespace edgekit
+
+#else
+
+namespace edgekit {
+extern const Path* const kNeonI8mm = nullptr;  // not compiled for such a processor
+}
+
+#endif

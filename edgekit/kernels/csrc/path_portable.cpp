@@ -1,0 +1,14 @@
+// Any processor that GCC or Clang compiles for.
+#include <math.h>
+
+#include <cstring>
+
+#include "path.h"
+#include "vec_portable.h"
+#include "linear.inl"
+#include "attention.inl"
+
+namespace edgekit {
+constexpr Path kPath{"portable", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+extern const Path* const kPortable = &kPath;
+}  // namespace edgekit

@@ -1,0 +1,163 @@
+// Sixteen lanes in two 256-bit registers: AVX2 with FMA and F16C, and with AVX-VNNI where the unit is compiled for it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace edgekit {
+namespace {
+
+struct Floats {
+  __m256 lo, hi;
+};
+struct Ints {
+  __m256i lo, hi;
+};
+struct Bytes {  // 16 lanes of 4 bytes
+  __m256i lo, hi;
+};
+
+constexpr int kAtOnce = 4;  // sums that the registers hold beside their operands
+
+inline Floats zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Floats x) {
+  _mm256_storeu_ps(p, x.lo);
+  _mm256_storeu_ps(p + 8, x.hi);
+}
+inline __m256 load_half8(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats load_half(const uint16_t* p) { return {load_half8(p), load_half8(p + 8)}; }
+inline void store_half(uint16_t* p, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline Floats magnitude(Floats a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline Floats round(Floats a) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};
+}
+// Halves are added to halves, as on every path, so that rounding agrees.
+inline float sum(Floats a) {
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest(Floats a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline __m256 power_of_two(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+// x * 2^n for whole n from -126 to 127
+inline Floats scale_by_power(Floats x, Floats n) { return mul(x, {power_of_two(n.lo), power_of_two(n.hi)}); }
+
+inline Ints all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Floats to_float(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return to_float(Ints{_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});
+}
+// 16 whole floats in -127..127 as signed bytes; returns their sum
+inline int32_t store_codes(int8_t* p, Floats x) {
+  const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
+  const __m128i first = _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
+  const __m128i last = _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(first, last));
+  const __m128i four = _mm_madd_epi16(_mm_add_epi16(first, last), _mm_set1_epi16(1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+inline Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+inline Bytes low_halves(Bytes b) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
+}
+inline Bytes high_halves(Bytes b) { return low_halves({_mm256_srli_epi16(b.lo, 4), _mm256_srli_epi16(b.hi, 4)}); }
+
+inline __m256i four_times_eight(const int8_t* x) {  // 4 bytes, the same for 8 lanes
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+#if defined(__AVXVNNI__)
+
+constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
+inline Bytes wide(Bytes b) { return b; }
+
+template <int Bits>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  for (int k = 0; k < 8; ++k) {
+    const __m256i four = four_times_eight(x + 4 * k);
+    acc.lo = _mm256_dpbusd_avx_epi32(acc.lo, codes[k].lo, four);
+    acc.hi = _mm256_dpbusd_avx_epi32(acc.hi, codes[k].hi, four);
+  }
+  return acc;
+}
+
+#else
+
+constexpr int kWideZero = 0;  // 8-bit codes multiply as signed numbers
+inline Bytes wide(Bytes b) {
+  const __m256i sign = _mm256_set1_epi8(-128);
+  return {_mm256_xor_si256(b.lo, sign), _mm256_xor_si256(b.hi, sign)};
+}
+
+// vpmaddubsw adds two products in 16 bits. Codes of 4 bits: eight such sums stay within 8 * 2 * 15 * 127 = 30480. Codes
+// of 8 bits: the code's sign moves over to x, and one sum stays within 2 * 128 * 127 = 32512.
+inline __m256i signed_pairs(__m256i codes, __m256i x) {
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+}
+
+template <int Bits>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i lo = _mm256_setzero_si256(), hi = _mm256_setzero_si256();
+  for (int k = 0; k < 8; ++k) {
+    const __m256i four = four_times_eight(x + 4 * k);
+    if constexpr (Bits == 4) {
+      lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(codes[k].lo, four));
+      hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(codes[k].hi, four));
+    } else {
+      lo = _mm256_add_epi32(lo, _mm256_madd_epi16(signed_pairs(codes[k].lo, four), ones));
+      hi = _mm256_add_epi32(hi, _mm256_madd_epi16(signed_pairs(codes[k].hi, four), ones));
+    }
+  }
+  if constexpr (Bits == 4) {
+    lo = _mm256_madd_epi16(lo, ones);
+    hi = _mm256_madd_epi16(hi, ones);
+  }
+  return {_mm256_add_epi32(acc.lo, lo), _mm256_add_epi32(acc.hi, hi)};
+}
+
+#endif
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace edgekit

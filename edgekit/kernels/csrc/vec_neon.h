@@ -1,0 +1,215 @@
+// Sixteen lanes in four 128-bit registers: NEON, with the dot products that the unit is compiled for.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace edgekit {
+namespace {
+
+struct Floats {
+  float32x4_t v[4];
+};
+struct Ints {
+  int32x4_t v[4];
+};
+struct Bytes {  // 16 lanes of 4 bytes
+  uint8x16_t v[4];
+};
+
+constexpr int kAtOnce = 4;  // sums that the registers hold beside their operands
+
+inline Floats all(float x) {
+  const float32x4_t four = vdupq_n_f32(x);
+  return {{four, four, four, four}};
+}
+inline Floats zeros() { return all(0.0f); }
+inline Floats load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+inline void store(float* p, Floats x) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, x.v[i]);
+}
+// Conversions of halves are in every 64-bit Arm; arithmetic on them is not.
+inline float32x4_t load_half4(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline Floats load_half(const uint16_t* p) {
+  return {{load_half4(p), load_half4(p + 4), load_half4(p + 8), load_half4(p + 12)}};
+}
+inline void store_half(uint16_t* p, Floats x) {
+  for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.v[i])));
+}
+inline Floats add(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats sub(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats mul(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats div(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vdivq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats fma(Floats a, Floats b, Floats c) {
+  for (int i = 0; i < 4; ++i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+  return c;
+}
+// b where a is not a number, as in `min`
+inline Floats max(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vmaxnmq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats min(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vminnmq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats magnitude(Floats a) {
+  for (float32x4_t& four : a.v) four = vabsq_f32(four);
+  return a;
+}
+inline Floats round(Floats a) {
+  for (float32x4_t& four : a.v) four = vrndnq_f32(four);
+  return a;
+}
+// Halves are added to halves, as on every path, so that rounding agrees.
+inline float sum(Floats a) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+inline float largest(Floats a) {
+  return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.v[0], a.v[1]), vmaxnmq_f32(a.v[2], a.v[3])));
+}
+// x * 2^n for whole n from -126 to 127
+inline Floats scale_by_power(Floats x, Floats n) {
+  for (int i = 0; i < 4; ++i) {
+    const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127));
+    x.v[i] = vmulq_f32(x.v[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  }
+  return x;
+}
+
+inline Ints all(int32_t x) {
+  const int32x4_t four = vdupq_n_s32(x);
+  return {{four, four, four, four}};
+}
+inline Floats to_float(Ints a) {
+  return {{vcvtq_f32_s32(a.v[0]), vcvtq_f32_s32(a.v[1]), vcvtq_f32_s32(a.v[2]), vcvtq_f32_s32(a.v[3])}};
+}
+inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
+  const uint8x16_t bytes = vld1q_u8(p);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+  return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
+           vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
+}
+// 16 whole floats in -127..127 as signed bytes; returns their sum
+inline int32_t store_codes(int8_t* p, Floats x) {
+  int16x4_t whole[4];
+  for (int i = 0; i < 4; ++i) whole[i] = vmovn_s32(vcvtq_s32_f32(x.v[i]));
+  const int16x8_t first = vcombine_s16(whole[0], whole[1]), last = vcombine_s16(whole[2], whole[3]);
+  vst1q_s8(p, vcombine_s8(vmovn_s16(first), vmovn_s16(last)));
+  return vaddvq_s16(vaddq_s16(first, last));
+}
+
+inline Bytes load_bytes(const uint8_t* p) {
+  return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
+}
+inline Bytes low_halves(Bytes b) {
+  for (uint8x16_t& bytes : b.v) bytes = vandq_u8(bytes, vdupq_n_u8(15));
+  return b;
+}
+inline Bytes high_halves(Bytes b) {
+  for (uint8x16_t& bytes : b.v) bytes = vshrq_n_u8(bytes, 4);
+  return b;
+}
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
+inline Bytes wide(Bytes b) { return b; }
+
+template <int Run>
+inline int32x4_t dot_run(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
+  return vusdotq_laneq_s32(acc, codes, x, Run);
+}
+
+#else
+
+constexpr int kWideZero = 0;  // 8-bit codes multiply as signed numbers
+inline Bytes wide(Bytes b) {
+  for (uint8x16_t& bytes : b.v) bytes = veorq_u8(bytes, vdupq_n_u8(128));
+  return b;
+}
+
+#if defined(__ARM_FEATURE_DOTPROD)
+template <int Run>
+inline int32x4_t dot_run(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
+  return vdotq_laneq_s32(acc, vreinterpretq_s8_u8(codes), x, Run);
+}
+#endif
+
+#endif
+
+#if defined(__ARM_FEATURE_DOTPROD)
+
+// acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
+template <int Bits>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  const int8x16_t first = vld1q_s8(x), last = vld1q_s8(x + 16);
+  for (int i = 0; i < 4; ++i) {
+    acc.v[i] = dot_run<0>(acc.v[i], codes[0].v[i], first);
+    acc.v[i] = dot_run<1>(acc.v[i], codes[1].v[i], first);
+    acc.v[i] = dot_run<2>(acc.v[i], codes[2].v[i], first);
+    acc.v[i] = dot_run<3>(acc.v[i], codes[3].v[i], first);
+    acc.v[i] = dot_run<0>(acc.v[i], codes[4].v[i], last);
+    acc.v[i] = dot_run<1>(acc.v[i], codes[5].v[i], last);
+    acc.v[i] = dot_run<2>(acc.v[i], codes[6].v[i], last);
+    acc.v[i] = dot_run<3>(acc.v[i], codes[7].v[i], last);
+  }
+  return acc;
+}
+
+#else
+
+// The same with products in 16 bits. They hold the sum of 8 products with codes of 4 bits, and of the neighbour's 8,
+// 2 * 8 * 15 * 127 = 30480, and of 2 products with codes of 8 bits, 2 * 128 * 127 = 32512.
+template <int Bits>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  constexpr int kRuns = Bits == 4 ? 8 : 2;
+  int8x16_t four[8];
+  for (int k = 0; k < 8; ++k) {
+    int32_t bytes;
+    std::memcpy(&bytes, x + 4 * k, 4);
+    four[k] = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
+  }
+  for (int i = 0; i < 4; ++i) {
+    int32x4_t low_pairs = vdupq_n_s32(0), high_pairs = low_pairs;
+    for (int first = 0; first < 8; first += kRuns) {
+      int16x8_t low = vdupq_n_s16(0), high = low;
+      for (int k = first; k < first + kRuns; ++k) {
+        const int8x16_t run = vreinterpretq_s8_u8(codes[k].v[i]);
+        low = vmlal_s8(low, vget_low_s8(run), vget_low_s8(four[k]));
+        high = vmlal_high_s8(high, run, four[k]);
+      }
+      if constexpr (Bits == 4) {
+        acc.v[i] = vpadalq_s16(acc.v[i], vpaddq_s16(low, high));
+      } else {
+        low_pairs = vpadalq_s16(low_pairs, low);
+        high_pairs = vpadalq_s16(high_pairs, high);
+      }
+    }
+    if constexpr (Bits == 8) acc.v[i] = vaddq_s32(acc.v[i], vpaddq_s32(low_pairs, high_pairs));
+  }
+  return acc;
+}
+
+#endif
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+}  // namespace
+}  // namespace edgekit

@@ -1,0 +1,210 @@
+// Sixteen lanes in the vectors of GCC and Clang, which compile for any processor: four floats, four ints, eight shorts.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace edgekit {
+namespace {
+
+using Float4 = float __attribute__((vector_size(16)));
+using Int4 = int32_t __attribute__((vector_size(16)));
+using Short8 = int16_t __attribute__((vector_size(16)));
+using Byte8 = uint8_t __attribute__((vector_size(8)));
+
+struct Floats {
+  Float4 v[4];
+};
+struct Ints {
+  Int4 v[4];
+};
+struct Bytes {  // 16 lanes of 4 codes, each in 16 bits
+  Short8 v[8];
+};
+
+constexpr int kAtOnce = 2;    // sums that the registers hold beside their operands
+constexpr int kWideZero = 0;  // 8-bit codes multiply as signed numbers
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+template <class T>
+inline T read(const void* p) {
+  T x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline Floats all(float x) {
+  const Float4 four = {x, x, x, x};
+  return {{four, four, four, four}};
+}
+inline Floats zeros() { return all(0.0f); }
+inline Floats load(const float* p) { return {{read<Float4>(p), read<Float4>(p + 4), read<Float4>(p + 8), read<Float4>(p + 12)}}; }
+inline void store(float* p, Floats x) { std::memcpy(p, x.v, sizeof x.v); }
+
+// Subnormal halves become normal floats by subtracting the exponent that they were given too much.
+inline float half_to_float(uint16_t half) {
+  const uint32_t exponent = half & 0x7c00u, bits = (half & 0x7fffu) << 13;
+  float value = bits_as<float>(bits + (112u << 23));
+  if (exponent == 0) value = bits_as<float>(bits + (113u << 23)) - bits_as<float>(113u << 23);
+  if (exponent == 0x7c00u) value = bits_as<float>(bits + (224u << 23));
+  return bits_as<float>(bits_as<uint32_t>(value) | (half & 0x8000u) << 16);
+}
+// Rounds to nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value), sign = bits >> 16 & 0x8000u, x = bits & 0x7fffffffu;
+  uint32_t half = (x + 0xfffu + (x >> 13 & 1u) - (112u << 23)) >> 13;
+  if (x < 113u << 23) half = bits_as<uint32_t>(bits_as<float>(x) + 0.5f) - bits_as<uint32_t>(0.5f);  // subnormal
+  if (x >= 0x477ff000u) half = 0x7c00u;                                                             // 65520 and above
+  if (x > 0x7f800000u) half = 0x7e00u | (x >> 13 & 0x3ffu);                                         // not a number
+  return static_cast<uint16_t>(half | sign);
+}
+inline Floats load_half(const uint16_t* p) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = half_to_float(p[i]);
+  return load(lanes);
+}
+inline void store_half(uint16_t* p, Floats x) {
+  float lanes[16];
+  store(lanes, x);
+  for (int i = 0; i < 16; ++i) p[i] = float_to_half(lanes[i]);
+}
+
+inline Floats add(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Floats sub(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+inline Floats mul(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline Floats div(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+// Two roundings: processors that add and multiply in one have a path of their own.
+inline Floats fma(Floats a, Floats b, Floats c) { return add(mul(a, b), c); }
+// b where either is not a number
+inline Floats max(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline Floats min(Floats a, Floats b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline Floats magnitude(Floats a) {
+  for (Float4& four : a.v) four = bits_as<Float4>(bits_as<Int4>(four) & 0x7fffffff);
+  return a;
+}
+// To the nearest whole number, ties to even, for |a| < 2^22: floats beyond 2^23 have no fraction.
+inline Floats round(Floats a) {
+  const Floats shift = all(12582912.0f);  // 1.5 * 2^23
+  return sub(add(a, shift), shift);
+}
+// Halves are added to halves, as on every path, so that rounding agrees.
+inline float sum(Floats a) {
+  const Float4 four = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+inline float largest(Floats a) {
+  float lanes[16];
+  store(lanes, a);
+  float top = lanes[0];
+  for (const float lane : lanes) top = lane > top ? lane : top;
+  return top;
+}
+
+inline Ints all(int32_t x) {
+  const Int4 four = {x, x, x, x};
+  return {{four, four, four, four}};
+}
+inline Floats to_float(Ints a) {
+  Floats y;
+  for (int i = 0; i < 4; ++i) y.v[i] = __builtin_convertvector(a.v[i], Float4);
+  return y;
+}
+// x * 2^n for whole n from -126 to 127
+inline Floats scale_by_power(Floats x, Floats n) {
+  for (int i = 0; i < 4; ++i) x.v[i] *= bits_as<Float4>((__builtin_convertvector(n.v[i], Int4) + 127) << 23);
+  return x;
+}
+inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+// 16 whole floats in -127..127 as signed bytes; returns their sum
+inline int32_t store_codes(int8_t* p, Floats x) {
+  int32_t total = 0;
+  for (int i = 0; i < 16; ++i) {
+    const int32_t whole = static_cast<int32_t>(x.v[i / 4][i % 4]);
+    p[i] = static_cast<int8_t>(whole);
+    total += whole;
+  }
+  return total;
+}
+
+inline Short8 short8(Byte8 bytes) { return __builtin_convertvector(bytes, Short8); }
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes y;
+  for (int i = 0; i < 8; ++i) y.v[i] = short8(read<Byte8>(p + 8 * i));
+  return y;
+}
+inline Bytes low_halves(Bytes b) {
+  for (Short8& eight : b.v) eight &= 15;
+  return b;
+}
+inline Bytes high_halves(Bytes b) {
+  for (Short8& eight : b.v) eight >>= 4;
+  return b;
+}
+inline Bytes wide(Bytes b) {
+  for (Short8& eight : b.v) eight -= 128;
+  return b;
+}
+
+// The sums of neighbours.
+inline Int4 pairs(Short8 a) {
+  const Int4 both = bits_as<Int4>(a);
+  return (both << 16 >> 16) + (both >> 16);
+}
+
+// acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
+//
+// 16 bits hold the sum of 8 products with codes of 4 bits, 8 * 15 * 127 = 15240, and of 2 with codes of 8 bits,
+// 2 * 128 * 127 = 32512.
+template <int Bits>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  constexpr int kRuns = Bits == 4 ? 8 : 2;
+  for (int first = 0; first < 8; first += kRuns) {
+    Short8 four[kRuns];
+    for (int k = 0; k < kRuns; ++k) {
+      const int8_t* from = x + 4 * (first + k);
+      four[k] = Short8{from[0], from[1], from[2], from[3], from[0], from[1], from[2], from[3]};
+    }
+    for (int i = 0; i < 4; ++i) {
+      Short8 low = codes[first].v[2 * i] * four[0], high = codes[first].v[2 * i + 1] * four[0];
+      for (int k = 1; k < kRuns; ++k) {
+        low += codes[first + k].v[2 * i] * four[k];
+        high += codes[first + k].v[2 * i + 1] * four[k];
+      }
+      const Int4 a = pairs(low), b = pairs(high);
+      acc.v[i] += Int4{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+    }
+  }
+  return acc;
+}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+}  // namespace
+}  // namespace edgekit
