@@ -16,10 +16,10 @@ from common import Benchmark, arguments, data
 
 from edgekit.bundle import MODEL
 from edgekit.checkpoint import open_checkpoint
-from edgekit.cli.eval import read_text
 from edgekit.compress import compress
 from edgekit.evaluate.perplexity import log_likelihoods, perplexity
 from edgekit.evaluate.scorer import Scorer, open_scorer
+from edgekit.evaluate.text import read_text
 from edgekit.export.export import export
 from edgekit.export.targets import find_target, host_target
 from edgekit.model.builtin import fetch_builtin

@@ -1,9 +1,13 @@
-"""Prefill and decode rates on the same int4 weights, beside onnxruntime-genai, in one run.
+"""Prefill and decode rates beside onnxruntime-genai and llama.cpp, in one run.
 
-Our checkpoint (all matrices at 4 bits, symmetric, blocks of 32) is made dense again and given to genai's own model
-builder, which rounds it to the same grid; that the codes agree is itself a check. Then both runtimes take turns on
-this machine: 512 tokens of prompt, 128 tokens of greedy decoding from an empty cache, each with its own default of
-threads for these cores. One turn each is discarded.
+    edgekit int4             all matrices at 4 bits, symmetric, blocks of 32
+    onnxruntime-genai int4   the same codes, through its own model builder (that they are the same is a check)
+    llama.cpp Q4_0           its own rounding of the same source, every matrix of that type: its fastest
+    edgekit lossless         the source file's own codes
+    llama.cpp Q4_1           the source file
+
+Each runs in a process of its own with 2 threads, and they take turns: 512 tokens of prompt, then 128 tokens of greedy
+decoding from an empty cache. One turn each is discarded; medians of the others are compared.
 """
 
 from __future__ import annotations
@@ -14,16 +18,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import onnx
 import safetensors.numpy
 from common import Benchmark, arguments
+from contestants import SILENT, Worker
 
+from edgekit.bundle import WEIGHTS, Bundle
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.export.export import export
 from edgekit.export.targets import find_target, host_target
+from edgekit.kernels.library import read_memory
+from edgekit.model.builtin import fetch_builtin
 from edgekit.model.sources import open_model
 from edgekit.recipe import load_recipe
 from edgekit.runtime.sampling import Sampling
@@ -37,13 +46,18 @@ def main() -> None:
     bench = Benchmark("speed")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        compress(open_model("smollm2-135m"), load_recipe(str(RECIPE)), work / "small")
-        checkpoint = open_checkpoint(work / "small")
-        export(checkpoint, work / "ours", target=find_target(host_target()))
+        for name, recipe in (("int4", str(RECIPE)), ("lossless", "lossless")):
+            compress(open_model("smollm2-135m"), load_recipe(recipe), work / name)
+            target = find_target(host_target())
+            export(open_checkpoint(work / name), work / f"{name}.bundle", target=target, accept_drift=True)
+        checkpoint = open_checkpoint(work / "int4")
         build_peer(checkpoint, work / "dense", work / "peer")
-        bench.at_least("share of equal codes in both models, %", equal_codes(checkpoint, work / "peer"), 100.0)
+        quantize_peer(fetch_builtin("smollm2-135m"), work / "q4_0.gguf")
+        bench.at_least(
+            "share of equal codes, edgekit and onnxruntime-genai, %", equal_codes(checkpoint, work / "peer"), 100.0
+        )
         compare(bench, work, repetitions=5 if options.quick else 9)
-        python_share(bench, Session.open(work / "ours"))
+        python_share(bench, Session.open(work / "int4.bundle"))
     bench.finish(as_json=options.json)
 
 
@@ -87,60 +101,89 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def compare(bench: Benchmark, work: Path, *, repetitions: int) -> None:
-    import onnxruntime_genai as genai
-
-    session, peer = Session.open(work / "ours"), genai.Model(str(work / "peer"))
+    """All contestants take turns; one turn each is discarded."""
+    workers = {
+        "edgekit int4": Worker("edgekit", work / "int4.bundle"),
+        "edgekit lossless": Worker("edgekit", work / "lossless.bundle"),
+        "onnxruntime-genai int4": Worker("onnxruntime-genai", work / "peer"),
+        "llama.cpp Q4_1": Worker("llama.cpp", fetch_builtin("smollm2-135m")),
+        "llama.cpp Q4_0": Worker("llama.cpp", work / "q4_0.gguf"),
+    }
     rates: dict[str, list[float]] = {}
+    reads: list[float] = []
     for repetition in range(repetitions + 1):
-        ids = np.random.default_rng(repetition).integers(0, session.bundle.spec.vocabulary, PROMPT).astype(np.int32)
-        for who, turn in (("edgekit", lambda i: ours(session, i)), ("onnxruntime-genai", lambda i: theirs(peer, i))):
-            prefill, decode = turn(ids)
-            if repetition:
-                rates.setdefault(f"{who} prefill {PROMPT}", []).append(prefill)
-                rates.setdefault(f"{who} decode {ANSWER}", []).append(decode)
-    medians = {name: bench.samples(name, values, unit="tok/s") for name, values in rates.items()}
-    for test in (f"prefill {PROMPT}", f"decode {ANSWER}"):
-        bench.at_least(
-            f"{test}: edgekit over onnxruntime-genai",
-            medians[f"edgekit {test}"] / medians[f"onnxruntime-genai {test}"],
-            1.0,
-        )
+        for name, worker in workers.items():
+            turn = {
+                f"prefill {PROMPT}, {name}": worker.prefill(PROMPT, repetition),
+                f"decode {ANSWER}, {name}": worker.decode(ANSWER, repetition),
+            }
+            for test, rate in turn.items() if repetition else ():
+                rates.setdefault(test, []).append(rate)
+        reads.append(read_rate())
+    for worker in workers.values():
+        worker.close()
+    found = {test: bench.samples(test, values, unit="tok/s") for test, values in sorted(rates.items())}
+    for name, worker in workers.items():
+        bench.value(f"open and first token of {PROMPT}, {name}", worker.cold, "ms")
+        bench.value(f"private memory after load, {name}", worker.private_mb, "MB")
+    hold(bench, work, found, workers, bench.samples("plain reading loop, 2 threads", reads[1:], unit="GB/s"))
 
 
-def ours(session: Session, ids: np.ndarray) -> tuple[float, float]:
-    engine = session.engine
-    engine.rewind(0)
-    clock = time.perf_counter()
-    engine.forward(ids.tolist())[-1].argmax()
-    prefill = PROMPT / (time.perf_counter() - clock)
-    engine.rewind(0)
-    token = int(engine.forward([int(ids[0])])[-1].argmax())
-    clock = time.perf_counter()
-    for _ in range(ANSWER):
-        token = int(engine.forward([token])[-1].argmax())
-    return prefill, ANSWER / (time.perf_counter() - clock)
+def hold(bench: Benchmark, work: Path, found: dict[str, float], workers: dict[str, Worker], read_gbs: float) -> None:
+    """Every bound, as one check."""
+    for ours, theirs, prefill, decode in BOUNDS:
+        for test, bound in ((f"prefill {PROMPT}", prefill), (f"decode {ANSWER}", decode)):
+            bench.at_least(
+                f"{test}: {ours} over {theirs}", found[f"{test}, {ours}"] / found[f"{test}, {theirs}"], bound
+            )
+    weights = (work / "int4.bundle" / WEIGHTS).stat().st_size
+    rate = weights * found[f"decode {ANSWER}, edgekit int4"] / 1e9
+    bench.value("weights read while decoding, edgekit int4", rate, "GB/s")
+    bench.at_least("decode, edgekit int4: share of the reading loop's rate, %", 100 * rate / read_gbs, 70.0)
+    ours, theirs = workers["edgekit lossless"], workers["llama.cpp Q4_1"]
+    bench.at_most("open and first token: edgekit lossless over llama.cpp Q4_1", ours.cold / theirs.cold, 1.0)
+    spec = Bundle.open(work / "lossless.bundle").spec
+    allowed = spec.cache_bytes(1024) + 1024 * spec.activation_bytes + spec.resident_bytes / 10
+    bench.at_most(
+        "private memory after load over cache, activations and a tenth of the weights",
+        ours.private_mb * 1e6 / allowed,
+        1.0,
+    )
 
 
-def theirs(model: object, ids: np.ndarray) -> tuple[float, float]:
-    import onnxruntime_genai as genai
+# ours, theirs, and the least ratio of prefill and decode rates
+BOUNDS = (
+    ("edgekit int4", "onnxruntime-genai int4", 1.0, 1.0),
+    ("edgekit lossless", "llama.cpp Q4_1", 3.0, 2.1),
+    ("edgekit int4", "llama.cpp Q4_0", 1.2, 1.5),
+)
 
-    def generator(length: int) -> object:
-        params = genai.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=length, min_length=length)
-        return genai.Generator(model, params)
 
-    begin = generator(PROMPT + 1)
-    clock = time.perf_counter()
-    begin.append_tokens(ids)
-    begin.generate_next_token()
-    prefill = PROMPT / (time.perf_counter() - clock)
-    begin = generator(ANSWER + 2)
-    begin.append_tokens(ids[:1])
-    begin.generate_next_token()
-    clock = time.perf_counter()
-    for _ in range(ANSWER):
-        begin.generate_next_token()
-    return prefill, ANSWER / (time.perf_counter() - clock)
+def read_rate() -> float:
+    """Gigabytes a second that two threads read from memory in a plain loop, the best of three."""
+    data = np.ones(1 << 28, np.uint8)
+    best = 0.0
+    for _ in range(3):
+        threads = [Thread(target=read_memory, args=(half,)) for half in np.split(data, 2)]
+        clock = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, data.nbytes / (time.perf_counter() - clock) / 1e9)
+    return best
+
+
+def quantize_peer(source: Path, target: Path) -> None:
+    """llama.cpp's own Q4_0 of the same file, every matrix of that type."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(SILENT, None)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    parameters.pure, parameters.allow_requantize = True, True
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters):
+        sys.exit("llama.cpp could not quantise the model")
 
 
 def python_share(bench: Benchmark, session: Session) -> None:

@@ -53,14 +53,12 @@ class DecoderSpec:
     eos_ids: tuple[int, ...]
     resident_bytes: int
     activation_bytes: int
-    threads: int | None = None
     operators: Literal["stock", "edgekit"] = "stock"
 
     def __post_init__(self) -> None:
         sizes = {"vocabulary": self.vocabulary, "context_length": self.context_length, "layers": len(self.layers)}
         for index, layer in enumerate(self.layers):
             sizes |= {f"layers[{index}].kv_heads": layer.kv_heads, f"layers[{index}].head_dim": layer.head_dim}
-        sizes |= {} if self.threads is None else {"threads": self.threads}
         for name, size in sizes.items():
             if not 0 < size <= 1 << 24:
                 raise ModelError(f"{name} must be from 1 to {1 << 24}: got {size}")

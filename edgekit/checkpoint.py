@@ -304,6 +304,7 @@ def write_block(path: Path, block: Block) -> dict[str, Entry]:
                 tensors[f"{module}.{leaf}"] = part
         entries[module] = Entry("quantized", weight.bits, weight.block, weight.shape)
     safetensors.numpy.save_file({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, path)
+    path.chmod(0o644)  # the library makes it readable for its owner only
     return entries
 
 

@@ -64,7 +64,7 @@ def test_it_opens_and_answers(whole: Path) -> None:
 
 
 def test_a_spec_survives_its_json() -> None:
-    spec = DecoderSpec("a", "x86", 10, 20, (LayerCache(1, 16), LayerCache(2, 32)), (1, 2), 3, 4, threads=5)
+    spec = DecoderSpec("a", "x86", 10, 20, (LayerCache(1, 16), LayerCache(2, 32)), (1, 2), 3, 4, "edgekit")
     data = json.loads(spec.to_json())
     assert data["layers"][1] == {"kv_heads": 2, "head_dim": 32}
     assert data == json.loads(json.dumps(dataclasses.asdict(spec)))
@@ -160,7 +160,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(bundle: Path, name: 
         (lambda spec: spec.update(layers=[]), "layers must be from 1"),
         (lambda spec: spec["layers"][1].update(head_dim=1 << 50), r"layers\[1\]\.head_dim must be from 1"),
         (lambda spec: spec["layers"][0].update(kv_heads=0), r"layers\[0\]\.kv_heads must be from 1"),
-        (lambda spec: spec.update(threads=0), "threads must be from 1"),
+        (lambda spec: spec.update(operators="mine"), "operators must be one of stock, edgekit"),
         (lambda spec: spec.update(resident_bytes=-(1 << 60)), "bytes must not be below 0"),
         (lambda spec: spec.update(eos_ids="all"), "eos_ids must be a list"),
         (lambda spec: spec.update(context_length="256"), "context_length must be an integer"),

@@ -33,7 +33,7 @@ GRIDS = [Grid(bits, block, symmetric=s) for bits in (4, 8) for block in (32, 64,
 
 def engine_of(checkpoint: Checkpoint, folder: Path, *, context: int = 256, int8: bool = False) -> Engine:
     """The checkpoint's graph, built in `folder` and opened."""
-    caches = build_decoder(checkpoint, folder, context=context, int8_activations=int8)
+    caches = build_decoder(checkpoint, folder, context=context, integer_bits=(4, 8) if int8 else ())
     spec = DecoderSpec(
         architecture=checkpoint.decoder.architecture,
         target="portable",
@@ -175,7 +175,7 @@ def test_a_tied_table_is_stored_once(tmp_path: Path, grid: Grid | None) -> None:
     checkpoint = tiny_checkpoint()
     if grid is not None:
         checkpoint = rounded(checkpoint, grid)
-    build_decoder(checkpoint, tmp_path, context=64, int8_activations=False)
+    build_decoder(checkpoint, tmp_path, context=64, integer_bits=())
     found = stored(tmp_path)
     table = 384 * 64 * (4 if grid is None else 0) + 384 * 64 * (grid.bits if grid else 0) // 8
     assert len({place for place in found.values() if place[1] == table}) == 1
@@ -186,7 +186,7 @@ def test_a_tied_table_is_stored_once(tmp_path: Path, grid: Grid | None) -> None:
 
 
 def test_nodes_are_named_by_module_path(tmp_path: Path) -> None:
-    build_decoder(tiny_checkpoint("Qwen3ForCausalLM"), tmp_path, context=64, int8_activations=False)
+    build_decoder(tiny_checkpoint("Qwen3ForCausalLM"), tmp_path, context=64, integer_bits=())
     names = {node.name for node in onnx.load(tmp_path / MODEL, load_external_data=False).graph.node}
     assert {"model.layers.1.mlp.down_proj", "model.layers.0.self_attn", "model.norm", "lm_head"} <= names
 
@@ -195,7 +195,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, symmetric=False))
-        build_decoder(checkpoint, tmp_path / name, context=64, int8_activations=True)
+        build_decoder(checkpoint, tmp_path / name, context=64, integer_bits=(4, 8))
     for file in (MODEL, WEIGHTS):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -230,15 +230,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, name: str, shape: tup
     wrong: dict[str, NDArray[Any]] = {name: np.ones(shape, np.float32)}
     checkpoint = tiny_checkpoint("Qwen2ForCausalLM", tied=False, tensors=wrong)
     with pytest.raises(ModelError, match=re.escape(named)):
-        build_decoder(checkpoint, tmp_path, context=64, int8_activations=False)
+        build_decoder(checkpoint, tmp_path, context=64, integer_bits=())
 
 
 def test_missing_layers_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.layers\.2\."):
-        build_decoder(tiny_checkpoint(config={"num_hidden_layers": 3}), tmp_path, context=64, int8_activations=False)
+        build_decoder(tiny_checkpoint(config={"num_hidden_layers": 3}), tmp_path, context=64, integer_bits=())
 
 
 def test_heads_that_onnxruntime_cannot_turn(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"head_dim must be a multiple of 16.* is 8"):
-        build_decoder(tiny_checkpoint(head_dim=8), tmp_path, context=64, int8_activations=False)
+        build_decoder(tiny_checkpoint(head_dim=8), tmp_path, context=64, integer_bits=())
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from test_decoder import LONG, engine_of
 from test_reference import IDS, tiny_checkpoint
 
 from edgekit.bundle import DecoderSpec, LayerCache
-from edgekit.errors import ContextOverflow, DeviceError
+from edgekit.errors import ContextOverflow, DeviceError, UserError
 from edgekit.model.reference import forward
 from edgekit.runtime.engine import Engine
 from edgekit.weight import Floats
@@ -111,11 +111,24 @@ def test_overflow_says_both_numbers_and_changes_nothing(engine: Engine) -> None:
     assert engine.forward(LONG[60:64], keep=4).shape == (4, 384)
 
 
-def test_a_failed_run_leaves_the_tokens_as_they_were(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
-    """A dense table refuses ids outside it. The next run is right again, and only the error speaks of it."""
+@pytest.mark.parametrize("ids", [[1, 2, 384], [-1]])
+def test_ids_outside_the_vocabulary_are_refused(engine: Engine, ids: list[int]) -> None:
     engine.rewind(0)
+    with pytest.raises(UserError, match="token ids must be from 0 to 383"):
+        engine.forward(ids)
+    assert engine.tokens == []
+
+
+def test_a_failed_run_leaves_the_tokens_as_they_were(
+    engine: Engine, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run is right again, and only the error speaks of it."""
+    engine.rewind(0)
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, vocabulary=385))  # the graph's table has 384 rows
     with pytest.raises(DeviceError, match=r"onnxruntime stopped at token 3: .*(indices|index)"):
         engine.forward([1, 2, 384])
+    monkeypatch.undo()
+    engine._bound = (0, 0)
     assert engine.tokens == []
     assert capfd.readouterr().err == ""
     np.testing.assert_allclose(engine.forward(IDS)[0], forward(tiny_checkpoint(), [IDS])[0][-1], atol=2e-5)

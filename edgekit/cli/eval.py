@@ -9,7 +9,6 @@ import click
 
 from edgekit.cli.terminal import json_option, output, progress, stages
 from edgekit.errors import UserError
-from edgekit.evaluate.text import read_text
 
 
 @click.command("eval", short_help="Measure perplexity and multiple-choice accuracy.")
@@ -45,6 +44,7 @@ def evaluate(
     from edgekit.evaluate.choices import accuracy, load_items
     from edgekit.evaluate.perplexity import perplexity
     from edgekit.evaluate.scorer import open_scorer
+    from edgekit.evaluate.text import read_text
     from edgekit.manifest import now, versions
     from edgekit.report import Measurement, Report, print_report
 

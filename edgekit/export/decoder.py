@@ -7,7 +7,7 @@ beside the standard operators. Inputs and outputs: `edgekit.export.parts`; the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,17 @@ from edgekit.export.parts import Parts
 
 
 def build_decoder(
-    checkpoint: Checkpoint, folder: Path, *, context: int, int8_activations: bool
+    checkpoint: Checkpoint, folder: Path, *, context: int, integer_bits: Collection[int]
 ) -> tuple[LayerCache, ...]:
     """Write model.onnx and its weights into `folder`; returns each layer's cache.
 
-    `context` is the number of positions that the rotary tables cover. `int8_activations` lets quantised matrices
-    multiply in integers (accuracy level 4 of MatMulNBits); without it they multiply in float32.
+    `context` is the number of positions that the rotary tables cover. Quantised matrices of `integer_bits` multiply in
+    integers, with activations rounded to 8 bits; others multiply in float32.
     Raises ModelError for weights that are missing or do not fit each other.
     """
     caches = layer_caches(checkpoint)
     with Graph(folder) as graph:
-        parts = Parts(checkpoint, graph, accuracy_level=4 if int8_activations else 0)
+        parts = Parts(checkpoint, graph, integer_bits=integer_bits)
         parts.rotary_tables(context)
         _Decoder(parts).build(caches)
     return caches

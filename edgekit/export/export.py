@@ -58,7 +58,7 @@ def export(
         if native:
             layers = build_native_decoder(checkpoint, folder, context=longest)
         else:
-            layers = build_decoder(checkpoint, folder, context=longest, int8_activations=target.int8_activations)
+            layers = build_decoder(checkpoint, folder, context=longest, integer_bits=target.integer_bits)
         spec = DecoderSpec(
             architecture=config.architecture,
             target=target.name,
@@ -68,20 +68,25 @@ def export(
             eos_ids=_eos_ids(checkpoint),
             resident_bytes=(folder / WEIGHTS).stat().st_size if native else _packed_bytes(checkpoint),
             activation_bytes=_activation_bytes(checkpoint),
-            threads=device.threads if device else None,
             operators="edgekit" if native else "stock",
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
             (folder / name).write_bytes(content)
         on_progress("checking it against the NumPy forward")
-        measured = _check(checkpoint, folder, spec, int8=target.int8_activations, accept_drift=accept_drift)
+        measured = _check(
+            checkpoint,
+            folder,
+            spec,
+            integers=native or _multiplies_integers(checkpoint, target),
+            accept_drift=accept_drift,
+        )
         on_progress("writing digests")
         return _write_manifest(checkpoint, folder, spec, measured)
 
 
 def _check(
-    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, int8: bool, accept_drift: bool
+    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, integers: bool, accept_drift: bool
 ) -> tuple[Measurement, ...]:
     tokenizer = _tokenizer(checkpoint)
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -92,11 +97,15 @@ def _check(
     if not sequences:
         raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
     engine = Engine(folder / MODEL, spec, context=context, threads=1)
-    bounds = BOUNDS["int8" if int8 and checkpoint.structure else "float32"]
+    bounds = BOUNDS["int8" if integers else "float32"]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
     parity = check_parity(checkpoint, engine, sequences, bounds=bounds)
     return (*parity, _sentence(engine, tokenizer, sequences[0]))
+
+
+def _multiplies_integers(checkpoint: Checkpoint, target: Target) -> bool:
+    return any(entry.bits in target.integer_bits for entry in checkpoint.structure.values())
 
 
 def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measurement:

@@ -34,7 +34,7 @@ def build_native_decoder(checkpoint: Checkpoint, folder: Path, *, context: int) 
     """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`."""
     caches = layer_caches(checkpoint)
     with Graph(folder) as graph:
-        parts = Parts(checkpoint, graph, accuracy_level=4)
+        parts = Parts(checkpoint, graph, integer_bits=(4, 8))
         parts.rotary_tables(context)
         _NativeDecoder(parts).build(caches)
     return caches

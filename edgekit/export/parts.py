@@ -11,7 +11,7 @@ grows in place, up to S tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx
@@ -26,13 +26,16 @@ from edgekit.weight import Dense, Floats, Quantized, Weight, concatenate
 
 
 class Parts:
-    """Adds nodes to `graph` for modules of `checkpoint`. Nodes are named by module path."""
+    """Adds nodes to `graph` for modules of `checkpoint`. Nodes are named by module path.
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, *, accuracy_level: int) -> None:
+    Stock products with matrices of `integer_bits` multiply in integers (accuracy level 4), others in float32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, graph: Graph, *, integer_bits: Collection[int]) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.decoder
         self.graph = graph
-        self.accuracy_level = accuracy_level
+        self.integer_bits = integer_bits
 
     def rotary_tables(self, positions: int) -> None:
         """The constants rotary.cos and rotary.sin, (positions, head_dim / 2)."""
@@ -149,7 +152,7 @@ class Parts:
             N=weight.shape[0],
             bits=weight.bits,
             block_size=weight.block,
-            accuracy_level=self.accuracy_level,
+            accuracy_level=4 if weight.bits in self.integer_bits else 0,
         )
 
     def store(self, module: str, weight: Quantized) -> None:

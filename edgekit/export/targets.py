@@ -17,22 +17,23 @@ TargetName = Literal["portable", "x86", "arm"]
 class Target:
     """Where a bundle runs.
 
-    `native`: through our own operators, where the model is quantised and their kernels are at hand. `int8_activations`:
-    stock operators multiply quantised matrices in integers, which is several times faster where the processor has 8-bit
-    dot products, at a small loss that the parity check measures; without it they multiply in float32.
+    `native`: through our own operators, where the model is quantised and their kernels are at hand. `integer_bits`: the
+    widths of quantised matrices that stock operators multiply in integers, several times faster where the processor has
+    8-bit dot products, at a small loss that the parity check measures. 8-bit matrices always do: in float32 onnxruntime
+    unpacks them anew for every token.
     """
 
     name: TargetName
     arch: str
     device: str
     native: bool
-    int8_activations: bool
+    integer_bits: tuple[int, ...]
 
 
 TARGETS: dict[str, Target] = {
-    "portable": Target("portable", "any", "", native=False, int8_activations=False),
-    "x86": Target("x86", "x86_64", "generic-x86", native=True, int8_activations=True),
-    "arm": Target("arm", "aarch64", "pi5", native=True, int8_activations=True),
+    "portable": Target("portable", "any", "", native=False, integer_bits=(8,)),
+    "x86": Target("x86", "x86_64", "generic-x86", native=True, integer_bits=(4, 8)),
+    "arm": Target("arm", "aarch64", "pi5", native=True, integer_bits=(4, 8)),
 }
 
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import DecoderSpec
-from edgekit.errors import ContextOverflow, DeviceError
+from edgekit.errors import ContextOverflow, DeviceError, UserError
 from edgekit.kernels import library
 from edgekit.runtime.budget import PREFILL_CHUNK
 
@@ -66,6 +66,8 @@ class Engine:
         ContextOverflow when the sequence would not fit; the cache is then as before.
         """
         assert 1 <= keep <= len(ids)
+        if min(ids) < 0 or max(ids) >= self.spec.vocabulary:
+            raise UserError(f"token ids must be from 0 to {self.spec.vocabulary - 1}: got {min(ids)} to {max(ids)}")
         needed = len(self.tokens) + len(ids)
         if needed > self.context:
             raise ContextOverflow(needed, self.context, self.spec.cache_bytes(needed))

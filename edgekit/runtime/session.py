@@ -169,9 +169,11 @@ class Generation:
         clock = time.perf_counter()
         while True:
             token = self._sampler(logits, history)
-            if not self.tokens:
-                timing.sample = time.perf_counter() - clock
-                clock = time.perf_counter()
+            passed = time.perf_counter() - clock
+            if self.tokens:
+                timing.gaps.append(passed)
+            else:
+                timing.sample = passed
             self.tokens.append(token)
             history.append(token)
             if token in self._session.bundle.spec.eos_ids:
@@ -190,10 +192,8 @@ class Generation:
                 break
             if self._session.current is not self:
                 raise UserError("a session makes one answer at a time: another began before this one had ended")
+            clock = time.perf_counter()  # what the reader of the text does in between is not counted
             logits = engine.forward([token])[-1]
-            now = time.perf_counter()
-            timing.gaps.append(now - clock)
-            clock = now
         if text := self._stream.finish():
             yield text
 

@@ -1,0 +1,431 @@
+// Runs every path that this processor has on the same seeded numbers, without onnxruntime:
+//
+//   driver [quick | full | threads]
+//
+// What is computed in integers must be the same to the last bit on all paths: codes and their sums, halves, rows of a
+// matrix, and products whose scales are whole numbers. The rest is held against sums in double. One line a path; exit
+// status 1 when something differs. Buffers end where their data end and may start at odd places, for the sanitizers.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "path.h"
+
+using namespace edgekit;
+
+namespace {
+
+// Numbers that are the same everywhere (Marsaglia's xorshift64*).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
+  uint32_t bits() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return static_cast<uint32_t>(state_ * 0x2545F4914F6CDD1Dull >> 32);
+  }
+  int64_t below(int64_t n) { return bits() % n; }
+  float number() { return static_cast<float>(below(2001) - 1000) / 500.0f; }  // from -2 to 2
+  uint16_t half() { return static_cast<uint16_t>(0x2000 + below(0x1800) + (below(2) << 15)); }  // 2^-7 to 0.5, signed
+
+ private:
+  uint64_t state_;
+};
+
+// Exactly `count` elements, the first one `shift` elements past the start of an allocation.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count, int64_t shift = 0) : memory_(new T[count + shift]()), count_(count), shift_(shift) {}
+  T* data() { return memory_.get() + shift_; }
+  const T* data() const { return memory_.get() + shift_; }
+  T* begin() { return data(); }
+  T* end() { return data() + count_; }
+  T& operator[](int64_t i) { return data()[i]; }
+  int64_t count() const { return count_; }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t count_, shift_;
+};
+
+// Checksum of what must not differ (FNV-1a), and the largest differences of what may.
+struct Findings {
+  uint64_t integers = 14695981039346656037ull;
+  double product = 0, attention = 0;
+  int64_t off_by_one = 0;  // codes after a norm, whose rounding may differ
+  std::string wrong;
+
+  template <class T>
+  void add(Buffer<T>& values) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
+    for (size_t i = 0; i < values.count() * sizeof(T); ++i) integers = (integers ^ bytes[i]) * 1099511628211ull;
+  }
+  void expect(bool right, const std::string& what) {
+    if (!right && wrong.empty()) wrong = what;
+  }
+};
+
+float half_value(uint16_t half) {
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const double size = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+  return static_cast<float>(half & 0x8000 ? -size : size);
+}
+
+// A case of matrix and activations: sizes, then what fills them.
+struct Case {
+  int bits, block;
+  Offset offset;
+  int64_t rows, columns, inputs;
+  bool gated, exact;  // exact: all scales are 1, so that sums stay whole numbers
+  int64_t shift;
+  std::string name() const {
+    char text[160];
+    std::snprintf(text, sizeof text, "%d bits, block %d, offset %d, %lld x %lld, %lld inputs%s%s", bits, block,
+                  static_cast<int>(offset), static_cast<long long>(rows), static_cast<long long>(columns),
+                  static_cast<long long>(inputs), gated ? ", gated" : "", exact ? ", exact" : "");
+    return text;
+  }
+};
+
+struct Problem {
+  Case c;
+  int64_t width, tiles, blocks;  // rows of the output; tiles and blocks of the matrix
+  Buffer<uint8_t> codes, zeros;
+  Buffer<uint16_t> scales, minima;
+  Buffer<int8_t> x_codes;
+  Buffer<float> x_scales, bias, residual;
+  Buffer<int32_t> x_sums;
+
+  Problem(const Case& of, uint64_t seed)
+      : c(of),
+        width(c.gated ? c.rows / 2 : c.rows),
+        tiles((width + kLanes - 1) / kLanes * (c.gated ? 2 : 1)),
+        blocks((c.columns + c.block - 1) / c.block),
+        codes(tiles * blocks * kLanes * c.block * c.bits / 8, c.shift),
+        zeros(tiles * blocks * kLanes, c.shift),
+        scales(tiles * blocks * kLanes, c.shift),
+        minima(tiles * blocks * kLanes, c.shift),
+        x_codes(c.inputs * blocks * c.block, c.shift),
+        x_scales(c.inputs * blocks, c.shift),
+        bias(width, c.shift),
+        residual(c.inputs * width, c.shift),
+        x_sums(c.inputs * blocks, c.shift) {
+    Random random(seed);
+    const bool largest = random.below(4) == 0;  // the products that come nearest to overflow
+    for (uint8_t& code : codes) code = largest ? (c.bits == 4 ? 0xff : random.below(2) * 255) : random.bits();
+    for (uint8_t& zero : zeros) zero = random.below(1 << c.bits);
+    for (uint16_t& scale : scales) scale = c.exact ? 0x3c00 : random.half();
+    for (uint16_t& minimum : minima) minimum = c.exact ? 0x4000 | (random.below(2) << 15) : random.half();
+    for (float& value : bias) value = c.exact ? random.below(100) : random.number();
+    for (float& value : residual) value = c.exact ? random.below(100) : random.number();
+    for (float& scale : x_scales) scale = c.exact ? 1.0f : random.number() * 0.01f;
+    for (int64_t i = 0; i < c.inputs * blocks * c.block; ++i) {
+      const bool inside = i % (blocks * c.block) < c.columns;
+      const int code = largest ? (random.below(8) ? 127 : -127) : static_cast<int>(random.below(255)) - 127;
+      x_codes[i] = static_cast<int8_t>(inside ? code : 0);
+      x_sums[i / c.block] += x_codes[i];
+    }
+  }
+  Matrix matrix() const {
+    const void* offsets = c.offset == Offset::kZeroPoint ? static_cast<const void*>(zeros.data())
+                          : c.offset == Offset::kMinimum ? static_cast<const void*>(minima.data())
+                                                         : nullptr;
+    return {codes.data(), scales.data(), offsets, c.offset, c.bits, c.block, c.rows, c.columns};
+  }
+  Activations activations() {
+    return {x_codes.data(), x_scales.data(), x_sums.data(), c.inputs, blocks * c.block, blocks};
+  }
+  Epilogue epilogue() const { return {c.gated ? nullptr : bias.data(), c.gated ? nullptr : residual.data(), c.gated}; }
+
+  // The code at a row of a tile and a column, by the layout in path.h.
+  int code(int64_t tile, int64_t lane, int64_t column) {
+    const int64_t group = ((tile * blocks + column / c.block) * c.block + column % c.block / 32 * 32) * kLanes * c.bits / 8;
+    const int64_t k = column % 32;
+    if (c.bits == 8) return codes[group + 64 * (k / 4) + 4 * lane + k % 4];
+    const uint8_t both = codes[group + 64 * (k % 16 / 4) + 4 * lane + k % 4];
+    return k < 16 ? both & 15 : both >> 4;
+  }
+  double weight(int64_t tile, int64_t lane, int64_t column) {
+    const int64_t at = (tile * blocks + column / c.block) * kLanes + lane;
+    const double scale = half_value(scales[at]), q = code(tile, lane, column);
+    if (c.offset == Offset::kMinimum) return scale * q + half_value(minima[at]);
+    return scale * (q - (c.offset == Offset::kZeroPoint ? zeros[at] : 1 << (c.bits - 1)));
+  }
+  // The product of input row m with a row of a tile, and the size of the terms that a kernel may take it apart into.
+  double dot(int64_t m, int64_t tile, int64_t lane, double* size) {
+    double total = 0;
+    for (int64_t k = 0; k < c.columns; ++k) {
+      const int64_t at = (tile * blocks + k / c.block) * kLanes + lane;
+      const double x = x_codes[m * blocks * c.block + k] * static_cast<double>(x_scales[m * blocks + k / c.block]);
+      total += weight(tile, lane, k) * x;
+      const double scale = std::abs(half_value(scales[at])), minimum = std::abs(half_value(minima[at]));
+      *size += std::abs(x) * (scale * (code(tile, lane, k) + (1 << c.bits)) + (c.offset == Offset::kMinimum ? minimum : 0));
+    }
+    return total;
+  }
+};
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+void check_products(const Path& path, const Case& c, uint64_t seed, Findings& found) {
+  Problem p(c, seed);
+  Buffer<float> y(c.inputs * p.width, c.shift);
+  std::fill(y.begin(), y.end(), NAN);
+  const int64_t units = p.tiles / (c.gated ? 2 : 1), cut = units / 2;
+  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, cut, units);
+  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, 0, cut);
+  for (int64_t m = 0; m < c.inputs; ++m) {
+    for (int64_t n = 0; n < p.width; ++n) {
+      const int64_t tile = n / kLanes, lane = n % kLanes;
+      double size = 1e-30, expected;
+      if (c.gated) {
+        const double gate = p.dot(m, 2 * tile, lane, &size), up = p.dot(m, 2 * tile + 1, lane, &size);
+        expected = silu(gate) * up;
+        size *= std::abs(up) + std::abs(gate) + 1;
+      } else {
+        expected = p.dot(m, tile, lane, &size) + p.bias[n] + p.residual[m * p.width + n];
+        size += std::abs(p.bias[n]) + std::abs(p.residual[m * p.width + n]);
+      }
+      const double error = std::abs(y[m * p.width + n] - expected) / size;
+      found.product = std::max(found.product, error);
+      found.expect(error < 1e-6 && (!c.exact || error == 0), "product: " + c.name());
+    }
+  }
+  if (c.exact) found.add(y);
+  if (c.gated) return;
+  Buffer<float> row(c.columns, c.shift);
+  for (int64_t n = 0; n < c.rows; n += 5) {
+    path.row(p.matrix(), n, row.data());
+    for (int64_t k = 0; k < c.columns; ++k) {
+      const double expected = p.weight(n / kLanes, n % kLanes, k);
+      found.expect(std::abs(row[k] - expected) <= 1e-4 * (1 + std::abs(expected)), "row: " + c.name());
+    }
+    found.add(row);
+  }
+}
+
+// Codes against their definition; `extreme` has numbers that are none.
+void check_quantize(const Path& path, int64_t columns, int block, int64_t rows, bool normed, bool extreme, uint64_t seed,
+                    Findings& found) {
+  Random random(seed);
+  const int64_t blocks = (columns + block - 1) / block, shift = random.below(4);
+  Buffer<float> x(rows * columns, shift), norm(columns, shift), scales(rows * blocks, shift);
+  Buffer<int8_t> codes(rows * blocks * block, shift);
+  Buffer<int32_t> sums(rows * blocks, shift);
+  for (float& value : x) value = random.below(7) ? random.number() : 0.0f;
+  for (float& value : norm) value = random.number();
+  constexpr float kExtremes[] = {NAN, INFINITY, -INFINITY, 1e-45f, 1e-38f, 3e38f, -3e38f, -0.0f};
+  if (extreme) {
+    for (float& value : x) value = random.below(3) ? value : kExtremes[random.below(8)];
+  }
+  const Activations out{codes.data(), scales.data(), sums.data(), rows, blocks * block, blocks};
+  const float epsilon = 1e-5f;
+  path.quantize(x.data(), columns, normed ? norm.data() : nullptr, epsilon, block, out, rows / 2, rows);
+  path.quantize(x.data(), columns, normed ? norm.data() : nullptr, epsilon, block, out, 0, rows / 2);
+  if (extreme) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0;
+    for (int64_t k = 0; k < columns; ++k) squares += static_cast<double>(x[row * columns + k]) * x[row * columns + k];
+    const double gain = normed ? 1 / std::sqrt(squares / columns + epsilon) : 1;
+    for (int64_t b = 0; b < blocks; ++b) {
+      int32_t total = 0;
+      for (int64_t k = b * block; k < (b + 1) * block; ++k) {
+        const int8_t code = codes[row * blocks * block + k];
+        const double value = k < columns ? x[row * columns + k] * gain * (normed ? norm[k] : 1) : 0;
+        const double back = static_cast<double>(code) * scales[row * blocks + b];
+        found.expect(std::abs(back - value) <= 0.5001 * scales[row * blocks + b] + 1e-12, "quantize: a code is too far");
+        total += code;
+      }
+      found.expect(total == sums[row * blocks + b], "quantize: a sum is wrong");
+    }
+  }
+  if (!normed) {
+    found.add(codes);
+    found.add(sums);
+    found.add(scales);
+  }
+}
+
+// All halves, and floats around everything that rounds in its own way.
+void check_halves(const Path& path, Findings& found) {
+  Random random(7);
+  constexpr int64_t kCount = 40003;
+  Buffer<float> floats(kCount, 1);
+  Buffer<uint16_t> halves(kCount, 1);
+  for (float& value : floats) {
+    const uint32_t near = (random.below(40) + 100) << 23 | (random.bits() & 0x7fe000) | (random.below(3) + 0xfff);
+    const uint32_t bits = random.below(2) ? random.bits() : near | random.below(2) << 31;
+    std::memcpy(&value, &bits, 4);
+  }
+  path.to_half(floats.data(), halves.data(), kCount);
+  found.add(halves);
+  for (int64_t i = 0; i < kCount; ++i) {
+    if (std::isnan(floats[i])) continue;
+    const double size = std::abs(static_cast<double>(floats[i]));
+    const bool infinite = (halves[i] & 0x7fff) == 0x7c00;
+    found.expect(infinite == (size >= 65520) && (halves[i] >> 15 != 0) == std::signbit(floats[i]), "to_half: sign or infinity");
+    if (infinite) continue;
+    const double step = std::ldexp(1.0, std::max(std::ilogb(std::max(size, 1e-30)), -14) - 10);
+    found.expect(std::abs(half_value(halves[i]) - static_cast<double>(floats[i])) <= step / 2, "to_half: not the nearest");
+  }
+  // A row of ones times each half.
+  constexpr int64_t kRows = 65536;
+  Buffer<uint8_t> codes(kRows * 32), zeros(kRows);
+  Buffer<uint16_t> scales(kRows);
+  std::fill(codes.begin(), codes.end(), 1);
+  for (int64_t i = 0; i < kRows; ++i) scales[i] = static_cast<uint16_t>(i);
+  const Matrix w{codes.data(), scales.data(), zeros.data(), Offset::kZeroPoint, 8, 32, kRows, 1};
+  for (int64_t i = 0; i < kRows; ++i) {
+    float value;
+    path.row(w, i, &value);
+    const bool finite = (i & 0x7c00) != 0x7c00, nan = !finite && (i & 0x3ff);
+    const float expected = finite ? half_value(scales[i]) : i >> 15 ? -INFINITY : INFINITY;
+    found.expect(nan ? std::isnan(value) : value == expected, "a half is read wrongly");
+  }
+}
+
+struct Shape {
+  int64_t tokens, heads, head_dim, first, window;
+};
+
+void check_attention(const Path& path, const Shape& s, uint64_t seed, Findings& found) {
+  Random random(seed);
+  const int64_t length = s.first + s.tokens, d = s.head_dim, stride = s.heads * d + 16;
+  const int64_t count = (s.tokens - 1) * stride + s.heads * d;
+  Buffer<float> q(count, 1), out(count, 3), scratch(attention_scratch(s.tokens, s.heads, d), 1);
+  Buffer<uint16_t> keys(length * d, 1), values(length * d, 3);
+  for (float& value : q) value = random.number() * 3;
+  for (uint16_t& key : keys) key = random.half() + 0x800;
+  for (uint16_t& value : values) value = random.half();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  path.attend({q.data(), keys.data(), values.data(), out.data(), stride, s.tokens, s.heads, d, s.first, s.window, scale,
+               scratch.data()});
+  std::vector<double> weights(length);
+  for (int64_t token = 0; token < s.tokens; ++token) {
+    const int64_t last = s.first + token, begin = s.window > 0 ? std::max<int64_t>(0, last + 1 - s.window) : 0;
+    Buffer<float> one(s.heads * d, 1), maxima(s.heads, 1), sums(s.heads, 1);
+    const int64_t seen = last + 1 - begin, padded = (seen + kLanes - 1) / kLanes * kLanes;
+    Buffer<float> scores(4 * padded, 1);
+    const bool decoded = token + 1 == s.tokens;
+    if (decoded) {
+      path.decode({q.data() + token * stride, keys.data() + begin * d, values.data() + begin * d, seen, padded, s.heads, d,
+                   scale, one.data(), maxima.data(), sums.data(), scores.data()});
+    }
+    for (int64_t h = 0; h < s.heads; ++h) {
+      const float* row = q.data() + token * stride + h * d;
+      double top = -1e300, total = 0;
+      for (int64_t j = begin; j <= last; ++j) {
+        double score = 0;
+        for (int64_t i = 0; i < d; ++i) score += static_cast<double>(row[i]) * half_value(keys[j * d + i]);
+        weights[j] = score * scale;
+        top = std::max(top, weights[j]);
+      }
+      for (int64_t j = begin; j <= last; ++j) total += weights[j] = std::exp(weights[j] - top);
+      for (int64_t i = 0; i < d; ++i) {
+        double expected = 0;
+        for (int64_t j = begin; j <= last; ++j) expected += weights[j] / total * half_value(values[j * d + i]);
+        double error = std::abs(out[token * stride + h * d + i] - expected);
+        if (decoded) error = std::max(error, std::abs(one[h * d + i] / static_cast<double>(sums[h]) - expected));
+        found.attention = std::max(found.attention, error);
+        found.expect(error < 1e-5, "attention: tokens " + std::to_string(s.tokens) + ", first " + std::to_string(s.first));
+      }
+    }
+  }
+}
+
+Findings check_path(const Path& path, bool full) {
+  Findings found;
+  Random random(42);
+  uint64_t seed = 1;
+  constexpr int64_t kColumns[] = {1, 2, 3, 31, 33, 575, 577, 1023}, kRows[] = {1, 2, 16, 33, 46}, kInputs[] = {0, 1, 2, 3, 11};
+  for (const int bits : {4, 8}) {
+    for (const int block : {32, 64, 128}) {
+      for (const Offset offset : {Offset::kSymmetric, Offset::kZeroPoint, Offset::kMinimum}) {
+        for (const int64_t columns : kColumns) {
+          for (const int form : {0, 1, 2}) {  // floats, whole numbers, gated
+            for (int i = 0; i < (full ? 5 : 1); ++i) {
+              const int64_t rows = full ? kRows[i] : kRows[random.below(5)], inputs = kInputs[random.below(5)];
+              const Case c{bits, block, offset, form == 2 ? 2 * rows : rows, columns, inputs, form == 2, form == 1,
+                           random.below(4)};
+              check_products(path, c, ++seed, found);
+            }
+          }
+        }
+      }
+    }
+  }
+  for (const int block : {32, 64, 128}) {
+    for (const int64_t columns : kColumns) {
+      for (const int64_t rows : {0, 1, 5}) {
+        for (const bool normed : {false, true}) {
+          check_quantize(path, columns, block, rows, normed, false, ++seed, found);
+          check_quantize(path, columns, block, rows, normed, true, ++seed, found);
+        }
+      }
+    }
+  }
+  check_halves(path, found);
+  constexpr Shape kShapes[] = {{1, 1, 16, 0, 0},   {1, 3, 64, 0, 0},     {1, 9, 64, 130, 0},  {2, 4, 48, 63, 0},
+                               {7, 3, 64, 64, 0},  {64, 3, 64, 0, 0},    {33, 2, 32, 200, 0}, {5, 5, 16, 100, 10},
+                               {70, 1, 64, 90, 1}, {17, 6, 128, 70, 64}, {3, 7, 80, 200, 65}};
+  for (const Shape& shape : kShapes) check_attention(path, shape, ++seed, found);
+  return found;
+}
+
+int check_all(bool full) {
+  const char* names[16];
+  const int count = known_paths(names, 16);
+  uint64_t integers = 0;
+  bool right = true;
+  for (int i = count - 1; i >= 0; --i) {  // the portable path first
+    if (!choose_path(names[i])) return 1;
+    Findings found = check_path(path(), full);
+    if (i == count - 1) integers = found.integers;
+    found.expect(found.integers == integers, "integers differ from the portable path's");
+    std::printf("%-12s integers %016llx, off by at most: products %.1e, attention %.1e: %s\n", path().name,
+                static_cast<unsigned long long>(found.integers), found.product, found.attention,
+                found.wrong.empty() ? "ok" : found.wrong.c_str());
+    right &= found.wrong.empty();
+  }
+  return right ? 0 : 1;
+}
+
+// Tiles of one product on several threads, the first of which find the path.
+int check_threads() {
+  constexpr int kThreads = 4;
+  const Case c{4, 32, Offset::kMinimum, 160, 577, 11, false, false, 1};
+  Problem p(c, 3);
+  Buffer<float> together(c.inputs * p.width, 1), alone(c.inputs * p.width, 1);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      path().multiply(p.matrix(), p.activations(), p.epilogue(), together.data(), p.width, p.tiles * t / kThreads,
+                      p.tiles * (t + 1) / kThreads);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  path().multiply(p.matrix(), p.activations(), p.epilogue(), alone.data(), p.width, 0, p.tiles);
+  const bool same = std::equal(alone.begin(), alone.end(), together.begin());
+  std::printf("%-12s %d threads: %s\n", path().name, kThreads, same ? "ok" : "differs from one thread");
+  return same ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string mode = count > 1 ? arguments[1] : "quick";
+  if (mode == "threads") return check_threads();
+  if (mode == "quick" || mode == "full") return check_all(mode == "full");
+  std::fprintf(stderr, "usage: driver [quick | full | threads]\n");
+  return 2;
+}
