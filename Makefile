@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DEMO   ?= demo
-TARGET := $(shell case `uname -m` in x86_64) echo x86;; aarch64|arm64) echo arm;; *) echo portable;; esac)
+comma  := ,
+TARGET := $(shell case `uname -m` in (x86_64) echo x86;; (aarch64|arm64) echo arm;; (*) echo portable;; esac)
 
-.PHONY: help demo test test-slow check format base-size bench clean
+.PHONY: help demo test test-slow check format base-size bench kernels-asan kernels-arm clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.convert ## compress, export, profile and ask a real language model
 	$(BIN)/edgekit compress smollm2-135m -o $(DEMO)/small -r int4 --force
@@ -42,6 +43,20 @@ bench: $(VENV)/.bench ## measure us and the peers in one run
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/quant.py
 
+SANITIZE = cmake -S . -B build/$(1) -DEDGEKIT_DRIVER=ON -DEDGEKIT_STRICT=ON -DEDGEKIT_SANITIZE=$(2) && \
+	cmake --build build/$(1) --target driver --parallel 2
+
+kernels-asan: ## run the kernels under the address, undefined and thread sanitizers
+	$(call SANITIZE,kernels-asan,address$(comma)undefined)
+	build/kernels-asan/driver full
+	$(call SANITIZE,kernels-tsan,thread)
+	build/kernels-tsan/driver threads
+	@# A weak function of one path could end up in all: the linker keeps one copy.
+	@! nm `find build/kernels-asan -name 'path_*.o'` | grep ' W '
+
+kernels-arm: $(VENV)/.cross ## compile the kernels for Arm and run each path on emulated processors
+	$(BIN)/python tests/native/arm.py build/kernels-arm
+
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
 
@@ -64,4 +79,8 @@ $(VENV)/.full: $(VENV)/.dev
 
 $(VENV)/.bench: $(VENV)/.full
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.cross: $(VENV)/.dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,cross]'
 	@touch $@

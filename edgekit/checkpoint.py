@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from edgekit.errors import ModelError
+from edgekit.errors import ModelError, UserError
 from edgekit.manifest import Manifest, SourceRecord
 from edgekit.model.config import DecoderConfig, decoder_config
 from edgekit.schema import parse
@@ -52,6 +53,9 @@ class TensorReader(Protocol):
 
     def names(self) -> Sequence[str]:
         """All tensor names, sorted."""
+
+    def files(self) -> set[Path]:
+        """The files that hold them; none where they are in memory."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
@@ -221,7 +225,6 @@ class SafetensorsReader:
         return sorted(self._where)
 
     def files(self) -> set[Path]:
-        """The files that hold them."""
         return set(self._where.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -268,6 +271,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         structure=structure,
         manifest=manifest,
     )
+
+
+def refuse_overlap(checkpoint: Checkpoint, output: Path) -> None:
+    """Raise UserError when writing the folder `output` would touch what the checkpoint is read from."""
+    target = Path(os.path.realpath(output))
+    for file in checkpoint.tensors.files():
+        place = file.parent if file.suffix == ".safetensors" else file  # a model is its folder
+        model = Path(os.path.realpath(place))
+        if target.is_relative_to(model) or model.is_relative_to(target):
+            raise UserError(f"the output must lie apart from the source: {output} and {place}; choose another name")
 
 
 def read_assets(folder: Path) -> dict[str, bytes]:

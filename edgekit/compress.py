@@ -13,16 +13,15 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
-from typing import Protocol, runtime_checkable
 
 import psutil
 import safetensors
 
-from edgekit.checkpoint import Checkpoint, write_block, write_frame
+from edgekit.checkpoint import Checkpoint, refuse_overlap, write_block, write_frame
 from edgekit.errors import BudgetError, UserError
 from edgekit.folder import digest, explain_write_errors, publish, refuse_existing, sync
 from edgekit.journal import NAME as JOURNAL
@@ -66,7 +65,7 @@ def compress(
     """
     output = Path(os.path.abspath(output))
     with explain_write_errors(output):
-        _refuse_overlap(checkpoint, output)
+        refuse_overlap(checkpoint, output)
         refuse_existing(output, force=force)
         job = _Job.of(checkpoint, recipe)
         identity = Identity(_digest(checkpoint), recipe.sha256, _versions())
@@ -115,22 +114,6 @@ class _Job:
     @property
     def context(self) -> StepContext:
         return StepContext(self.prepared.decoder, self.recipe.seed)
-
-
-@runtime_checkable
-class _OnDisk(Protocol):
-    """A tensor reader that says which files it reads."""
-
-    def files(self) -> Set[Path]: ...
-
-
-def _refuse_overlap(checkpoint: Checkpoint, output: Path) -> None:
-    files = checkpoint.tensors.files() if isinstance(checkpoint.tensors, _OnDisk) else set()
-    target = Path(os.path.realpath(output))
-    for place in {file.parent if file.suffix == ".safetensors" else file for file in files}:  # a model is its folder
-        model = Path(os.path.realpath(place))
-        if target.is_relative_to(model) or model.is_relative_to(target):
-            raise UserError(f"the output must lie apart from the source: {output} and {place}; choose another name")
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -24,6 +24,7 @@ import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from numpy.typing import NDArray
@@ -209,6 +210,9 @@ class _RenamedReader:
 
     def names(self) -> Sequence[str]:
         return sorted(self.seen)
+
+    def files(self) -> set[Path]:
+        return self.stored.files()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.stored.shape(self.seen[name])

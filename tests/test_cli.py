@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
+import safetensors.numpy
 from command_line import ek, listing, ok
 from numpy.typing import NDArray
 from tiny import tiny_folder, tiny_gguf
@@ -92,7 +94,7 @@ def test_a_recipe_file_and_a_device_file(home: Path, tmp_path: Path) -> None:
     device.write_text(ok("devices", "show", "pi5").out)
     assert "recipe mine" in ok("compress", "tiny.gguf", "-o", tmp_path / "small", "-r", recipe).out
     assert "a bundle for arm" in ok("export", tmp_path / "small", "-o", tmp_path / "run", "-d", device).out
-    assert json.loads((tmp_path / "run" / "runtime.json").read_text())["threads"] == 4
+    assert "LlamaForCausalLM for arm" in ok("inspect", tmp_path / "run").out
 
 
 def test_force_replaces_what_edgekit_wrote(home: Path, tmp_path: Path) -> None:
@@ -221,6 +223,26 @@ def test_progress_is_drawn_on_a_terminal_and_only_on_stderr(
     assert "\x1b[" in done.err
     assert "perplexity of [red]book[bold].txt" in done.err
     assert "perplexity, [red]book[bold].txt" in done.out
+    assert "\x1b" not in done.out
+
+
+def test_foreign_text_is_neither_markup_nor_does_it_steer_the_terminal(home: Path, tmp_path: Path) -> None:
+    report = json.loads((home / "before.json").read_text())
+    report["measurements"][0]["name"] = "[red]pp8[/nothing]\x1b[2J"
+    report["samples"] = {}
+    (tmp_path / "[b]a.json").write_text(json.dumps(report))
+    done = ok("compare", tmp_path / "[b]a.json", tmp_path / "[b]a.json")
+    assert "\n[red]pp8[/nothing][2J " in done.out
+    assert "\x1b" not in done.out
+    assert "[b]a" in done.out
+    folder = tiny_folder(tmp_path / "evil\x1b[2J")
+    (folder / "README.md").write_text("---\nlicense: other\n---\n")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    extra = {"model.\x1b[2J[red].weight": np.zeros((2, 3), np.float32)}
+    safetensors.numpy.save_file({**tensors, **extra}, folder / "model.safetensors")
+    done = ok("inspect", folder)
+    assert "evil[2J (folder), licence other\n" in done.out
+    assert "\nmodel.[2J[red] " in done.out
     assert "\x1b" not in done.out
 
 
@@ -361,10 +383,11 @@ def test_a_chat_ends_with_its_input(home: Path) -> None:
 
 
 def test_a_full_context_ends_no_chat_and_the_message_is_forgotten(home: Path) -> None:
-    words = ("chat", "small.run", "--max-tokens", "2", "--context", "40")
-    done = ok(*words, stdin="hello\n" + "much " * 40 + "\n/reset\nhello\n")
-    assert re.search(r"the prompt must fit in the context: \d{3} tokens, limit 40 .*; /reset forgets", done.err)
-    assert len(done.out.split("\n")) >= 3
+    words = ("chat", "small.run", "--max-tokens", "2", "--context", "120")
+    done = ok(*words, stdin="hello\n" + "much " * 60 + "\nhello\n")
+    (full,) = re.findall(r"the prompt must fit in the context: .*", done.err)
+    assert re.search(r"context: \d{3} tokens, limit 120 .*; /reset forgets", full)
+    assert done.err.count("[cut: --max-tokens reached]") == 2
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, *, call: int) -> None:

@@ -252,7 +252,9 @@ def test_a_score_by_hand_and_whether_it_is_what_greedy_decoding_writes() -> None
     table = scorer.model.logits
     first, second, third = scorer.tokenizer.encode("1234").ids[1:]
     expected = log_p(table[scorer.tokenizer.encode("1").ids[0]], first) + log_p(table[first], second)
-    assert score(scorer, "1", "23") == (pytest.approx(expected, rel=1e-6), False)
+    likelihood, greedy = score(scorer, "1", "23")
+    assert likelihood == pytest.approx(expected, rel=1e-6)
+    assert not greedy
     table[scorer.tokenizer.encode("1").ids[0], first] = table[first, second] = 99.0
     likelihood, greedy = score(scorer, "1", "23")
     assert greedy
@@ -294,7 +296,8 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(tiny: Scorer) -> No
         fresh = score(tiny, context, continuation)
         score(tiny, *PAIRS[0])
         again = score(tiny, context, continuation)
-        assert again == (pytest.approx(fresh[0], abs=1e-4), fresh[1])
+        assert again[0] == pytest.approx(fresh[0], abs=1e-4)
+        assert again[1] is fresh[1]
     scorer = scorer_of(random_table())
     score(scorer, "The quick brown fox", " jumps")
     read = scorer.model.computed
@@ -334,9 +337,10 @@ def test_of_equal_choices_the_first_is_taken() -> None:
     scorer = scorer_of(uniform_table())
     items = [digits("1", "2", "3", "4", answer=answer) for answer in (0, 1, 2)]
     assert [accuracy(scorer, [item]).accuracy for item in items] == [100, 0, 0]
-    longer = digits("1", "22", "3", answer=1)  # one token less is more likely, and bytes make them equal but for " "
-    assert accuracy(scorer, [longer]).accuracy == 100
-    assert accuracy(scorer, [longer]).accuracy_norm == 0
+    item = digits(
+        "1", "3", "22", answer=1
+    )  # 2 tokens and 1 byte, 3 tokens and 2 bytes; the space counts in the sum only
+    assert (accuracy(scorer, [item]).accuracy, accuracy(scorer, [item]).accuracy_norm) == (0, 100)
 
 
 def test_a_single_choice_is_right_when_greedy_decoding_writes_it() -> None:
@@ -463,13 +467,12 @@ def test_arc_easy_is_what_transformers_computes() -> None:
     with open_scorer("smollm2-135m") as scorer:
         ours = [score(scorer, *pair)[0] for item in items for pair in item.pairs]
         theirs = transformers_scores(scorer, fetch_builtin("smollm2-135m"), items)
-        found = accuracy(scorer, items)
+        found = accuracy(scorer, items[:10])
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
-    sums, right = iter(theirs), 0
-    for item in items:
-        right += int(np.argmax([next(sums) for _ in item.choices])) == item.answer
-    assert found.accuracy == pytest.approx(100 * right / 50)
-    assert right > 20
+    sums = iter(theirs)
+    right = [int(np.argmax([next(sums) for _ in item.choices])) == item.answer for item in items]
+    assert found.accuracy == pytest.approx(100 * np.mean(right[:10]))
+    assert sum(right) > 20, "far above chance"
 
 
 @pytest.mark.slow

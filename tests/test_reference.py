@@ -34,6 +34,9 @@ class Arrays:
 
     values: Mapping[str, NDArray[Any]]
 
+    def files(self) -> set[Path]:
+        return set()
+
     def names(self) -> list[str]:
         return sorted(self.values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,9 @@ def test_options_are_checked_when_a_step_is_built(step: Any, options: dict[str, 
 
 class Names:
     """A TensorReader of one layer that only knows names and shapes."""
+
+    def files(self) -> set[Path]:
+        return set()
 
     def names(self) -> list[str]:
         return [f"{UP}.weight", f"{DOWN}.weight"]

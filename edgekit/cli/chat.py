@@ -43,6 +43,7 @@ def chat(bundle: Path, system: str | None, **options: Any) -> None:
     while (line := _ask()) not in (None, "/quit"):
         if line == "/reset":
             messages = list(begin)
+            click.echo("forgotten", err=True)
         elif line and re.fullmatch("/[a-z]+", line):
             click.echo(f"there is no {line}: {HELP}.", err=True)
         elif line:

@@ -25,7 +25,7 @@ def compare(a: Path, b: Path, force: bool, as_json: bool) -> None:
     from rich.table import Table
 
     from edgekit.profile.compare import compare as judge
-    from edgekit.report import Report, digits
+    from edgekit.report import Report, digits, plain
 
     verdicts = judge(Report.load(a), Report.load(b), force=force)
     if as_json:
@@ -39,10 +39,10 @@ def compare(a: Path, b: Path, force: bool, as_json: bool) -> None:
     for row in verdicts:
         values = ["n/a" if value is None else digits(value) for value in (row.a, row.b)]
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-        table.add_row(row.name, *values, row.unit, ratio, interval, row.verdict)
+        interval = "" if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
+        table.add_row(plain(row.name), *values, plain(row.unit), ratio, interval, row.verdict)
         if row.note:
             doubts.setdefault(row.note, []).append(row.name)
     output().print(table)
     for note, names in doubts.items():
-        click.echo(f"cannot tell, {note}: {'; '.join(names)}")
+        click.echo(plain(f"cannot tell, {note}: {'; '.join(names)}"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from edgekit.bundle import MODEL, SPEC, WEIGHTS, DecoderSpec
-from edgekit.checkpoint import Checkpoint
+from edgekit.checkpoint import Checkpoint, refuse_overlap
 from edgekit.device import Device
 from edgekit.errors import ModelError, UserError
 from edgekit.export.decoder import build_decoder
@@ -22,6 +22,7 @@ from edgekit.kernels.library import library_path
 from edgekit.manifest import Manifest, now, record_files, versions
 from edgekit.report import Measurement, Report
 from edgekit.runtime.engine import Engine
+from edgekit.runtime.text import whole
 
 PACKING = 1.2  # onnxruntime's packed copy of quantised weights holds block sums beside codes and scales (docs/log.md)
 LONGEST = 32768  # tokens of rotary tables, unless asked for more
@@ -52,6 +53,7 @@ def export(
     longest = min(config.context_length, LONGEST) if context is None else context
     if not 0 < longest <= config.context_length:
         raise UserError(f"--context must be from 1 to the model's {config.context_length}: got {context}")
+    refuse_overlap(checkpoint, output)
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = target.native and library_path() is not None and runs_natively(checkpoint)
@@ -165,7 +167,7 @@ def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     try:
-        return Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+        return whole(Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode()))
     except Exception as problem:  # the library raises plain Exception
         raise ModelError(f"tokenizer.json of {checkpoint.source.name} must be a tokenizer: {problem}") from problem
 

@@ -23,7 +23,7 @@ CSRC = Path(__file__).with_name("csrc")
 GLIBC = "2.31"
 
 # As in CMakeLists.txt.
-_COMPILE = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{CSRC}")
+_COMPILE = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{CSRC}")
 _SHARED = ("-shared", "-s", "-Wl,--gc-sections", f"-Wl,--version-script={CSRC / 'exports.map'}")
 _STATIC = ("-static", "-s")
 

@@ -1,36 +1,123 @@
-"""The native kernels: where their library lies, and how onnxruntime comes to use it."""
+"""The native kernels: where their library lies, how onnxruntime comes to use it, and which of its paths runs.
+
+The library holds a path for each instruction set and picks the best that this processor has when it is first used.
+ctypes and onnxruntime load the same file, so that both speak to one library. What is set here holds for the process.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+import platform
 from pathlib import Path
 
 import onnxruntime as ort
 
+from edgekit import kernels
+from edgekit.errors import DeviceError, UserError
+
 NAME = "_edgekit_kernels.so"
+STOCK = "onnxruntime's own operators run"
+WAY_OUT = "install edgekit again, or set EDGEKIT_KERNELS=off"
+
+# Number of the processor in an ELF file.
+_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
 def library_path() -> Path | None:
-    """The kernel library, or None where the install has none. EDGEKIT_KERNELS names another, or is "off"."""
+    """The kernel library, or None where the install has none; EDGEKIT_KERNELS names another one, or is "off"."""
     named = os.environ.get("EDGEKIT_KERNELS")
-    if named == "off":
-        return None
-    path = Path(named) if named else Path(__file__).with_name(NAME)
-    return path if path.is_file() else None
+    if named:
+        return None if named == "off" else Path(named).resolve()
+    # An editable install has two folders: the sources, and what was built.
+    candidates = (Path(folder, NAME) for folder in kernels.__path__)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def register(options: ort.SessionOptions, *, decode_threads: int, prefill_threads: int) -> bool:
-    """Make a session use the kernels; False when there are none."""
+    """Make a session use the kernels; False when the install has none.
+
+    Raises DeviceError: the library is there but cannot be loaded, or onnxruntime refuses it.
+    """
     path = library_path()
     if path is None:
         return False
     _load(path).edgekit_set_threads(decode_threads, prefill_threads)
-    options.register_custom_ops_library(str(path))
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as problem:  # onnxruntime raises classes of its own, with no common base
+        raise DeviceError(f"onnxruntime {ort.__version__} refused the kernels: {problem}; {WAY_OUT}") from problem
     return True
+
+
+def path_name() -> str | None:
+    """The path that runs, as "avx512"; None without a library. Raises DeviceError as `register` does."""
+    path = library_path()
+    return None if path is None else _load(path).edgekit_path().decode()
+
+
+def known_paths() -> list[str]:
+    """The paths that this processor can run, the best first; none without a library."""
+    path = library_path()
+    if path is None:
+        return []
+    names = (ctypes.c_char_p * 16)()
+    count = _load(path).edgekit_known_paths(names, len(names))
+    return [name.decode() for name in names[:count] if name is not None]
+
+
+def choose_path(name: str) -> None:
+    """Run another path from now on, in all sessions. Raises UserError where the processor or the library lacks it."""
+    path = library_path()
+    if path is None or not _load(path).edgekit_choose_path(name.encode()):
+        raise UserError(f"a path must be one of {', '.join(known_paths()) or 'none, without kernels'}: got {name!r}")
+
+
+def status() -> str:
+    """One line for people: which kernels run, or why none do."""
+    if os.environ.get("EDGEKIT_KERNELS") == "off":
+        return f"no native kernels: EDGEKIT_KERNELS is off; {STOCK}"
+    try:
+        name = path_name()
+    except DeviceError as problem:
+        return f"broken native kernels: {problem}"
+    if name is None:
+        return f"no native kernels: the install found no C++ compiler that works; {STOCK}"
+    return f"native kernels, {name} path"
 
 
 @functools.cache
 def _load(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
+    """The library with its functions' types. Raises DeviceError."""
+    try:
+        _check(path)
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+        library.edgekit_set_threads.argtypes = [ctypes.c_int, ctypes.c_int]
+        library.edgekit_set_threads.restype = None
+        library.edgekit_path.argtypes = []
+        library.edgekit_path.restype = ctypes.c_char_p
+        library.edgekit_choose_path.argtypes = [ctypes.c_char_p]
+        library.edgekit_known_paths.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int]
+    except (OSError, AttributeError) as problem:
+        raise DeviceError(f"the kernel library must load: {problem}; {WAY_OUT}") from problem
+    return library
+
+
+def _check(path: Path) -> None:
+    """Refuse a file whose loading could end the process: the loader maps what its headers say, and trusts them.
+
+    Raises OSError. The table of sections lies at a library's end, so a file that holds it is whole.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or not head.startswith(b"\x7fELF\x02\x01"):
+        raise OSError(f"{path} is not a 64-bit shared library")
+    number = int.from_bytes(head[18:20], "little")
+    if number != _MACHINES.get(platform.machine(), number):
+        built_for = next((name for name, known in _MACHINES.items() if known == number), f"machine {number}")
+        raise OSError(f"{path} is for {built_for}, and this is {platform.machine()}")
+    start, entry, count = (int.from_bytes(head[i:j], "little") for i, j in ((40, 48), (58, 60), (60, 62)))
+    size = path.stat().st_size
+    if size < start + entry * count:
+        raise OSError(f"{path} is cut off: it has {size} bytes of {start + entry * count}")

@@ -1,12 +1,13 @@
 """The operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable.
 
-Products come in two modes. "float32" is what a function body computes: activations as they are. "int8" is what the
-native kernels compute: each block of a row of activations, n numbers x with peak p = max |x|, is multiplied as
+Products come in three modes. "float32" takes activations as they are. The native kernels multiply in integers: each
+block of a row of activations, n numbers x with peak p = max |x|, becomes, with m = STEPS[mode],
 
-    p / 127 * rint(x * (127 / p)),        zeros where p is 0
+    p / m * rint(x * (m / p)),        zeros where p is 0.
 
-which is exact in integers, so kernels differ from this by the rounding of float sums alone. Sums are in float64 here.
-Arguments are the operator's inputs in the table's order and its attributes by name.
+What follows is exact in integers, so a kernel differs from this by the rounding of float sums alone. Kernels use "int16"
+for up to FINE_ROWS rows of activations and "int8" for more. Sums here are in float64. Arguments are the operator's
+inputs in the table's order and its attributes by name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from edgekit.weight import Bytes, Floats
 
 Doubles = NDArray[np.float64]
 Halves = NDArray[np.float16]
-Activations = Literal["float32", "int8"]
+Activations = Literal["float32", "int16", "int8"]
+
+STEPS = {"int16": 254 * 127 + 126, "int8": 127}  # integers on either side of zero; int16 is two int8, 254 high + low
+FINE_ROWS = 64
 
 
 def quant_linear(
@@ -37,7 +41,7 @@ def quant_linear(
     K: int,
     bits: int,
     block: int,
-    activations: Activations = "int8",
+    activations: Activations = "float32",
 ) -> Floats:
     """x W^T + bias + residual: (..., N) float32 from x (..., K)."""
     W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
@@ -58,7 +62,7 @@ def norm_quant_linear(
     bits: int,
     block: int,
     epsilon: float,
-    activations: Activations = "int8",
+    activations: Activations = "float32",
 ) -> Floats:
     """RMSNorm(x) W^T + bias: (..., N) float32."""
     W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
@@ -78,7 +82,7 @@ def gated_norm_quant_linear(
     bits: int,
     block: int,
     epsilon: float,
-    activations: Activations = "int8",
+    activations: Activations = "float32",
 ) -> Floats:
     """silu(n Wg^T) * (n Wu^T) with n = RMSNorm(x): (..., N / 2) float32. N counts the rows of Wg and of Wu."""
     halves = separate(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
@@ -158,20 +162,20 @@ def norm_attention(
 
 
 def product(x: Floats, W: Doubles, block: int, activations: Activations) -> Doubles:
-    """x W^T, with the activations rounded to 8 bits in blocks where `activations` says so."""
-    y: Doubles = (x.astype(np.float64) if activations == "float32" else rounded(x, block)) @ W.T
+    """x W^T, after the rounding of x that `activations` asks for."""
+    exact = x.astype(np.float64) if activations == "float32" else rounded(x, block, STEPS[activations])
+    y: Doubles = exact @ W.T
     return y
 
 
-def rounded(x: Floats, block: int) -> Doubles:
-    """x (..., K) after rounding to 8 bits in blocks of `block` columns: scale * code, exactly."""
+def rounded(x: Floats, block: int, steps: int) -> Doubles:
+    """x (..., K) after rounding each block of `block` columns to `steps` integers on either side of zero."""
     columns = x.shape[-1]
     padded = np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -columns % block)])
-    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
     peak = np.abs(blocks).max(-1, keepdims=True)
-    codes = np.rint(blocks * (np.float32(127) / np.where(peak == 0, np.inf, peak)).astype(np.float32))
-    scale = (peak / np.float32(127)).astype(np.float64)
-    values: Doubles = (scale * codes).reshape(padded.shape)[..., :columns]
+    codes = np.rint(blocks * (np.float32(steps) / np.where(peak == 0, np.float32(np.inf), peak)))
+    values: Doubles = ((peak / np.float32(steps)).astype(np.float64) * codes).reshape(padded.shape)[..., :columns]
     return values
 
 
@@ -203,7 +207,7 @@ def _tiles(
 
 def _heads(qkv: Floats, head_dim: int) -> Floats:
     """(1, T, heads * head_dim) as (heads, T, head_dim)."""
-    heads: Floats = qkv[0].reshape(qkv.shape[1], -1, head_dim).swapaxes(0, 1)
+    heads: Floats = qkv[0].reshape(qkv.shape[1], qkv.shape[2] // head_dim, head_dim).swapaxes(0, 1)
     return heads
 
 
@@ -234,4 +238,4 @@ def _attend(
     scores[:, (distance < 0) | (distance >= (window if window > 0 else total))] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     y = (weights / weights.sum(-1, keepdims=True)) @ seen_values  # (heads, T, head_dim)
-    return y.swapaxes(0, 1).reshape(1, tokens, -1).astype(np.float32), keys, values
+    return y.swapaxes(0, 1).reshape(1, tokens, len(q) * head_dim).astype(np.float32), keys, values

@@ -94,6 +94,9 @@ class GgufReader:
     def names(self) -> Sequence[str]:
         return sorted(self.stored)
 
+    def files(self) -> set[Path]:
+        return {self.file.path}
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.tensors[self.stored[name]].shape
 

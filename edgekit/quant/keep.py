@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
@@ -73,6 +74,9 @@ class _CodeReader:
             leaves = ["codes", "scales"] + ["minima"] * (self.file.kind(name) in ("Q4_1", "Q4_K"))
             found += [f"{module}.{leaf}" for leaf in leaves]
         return sorted(found)
+
+    def files(self) -> set[Path]:
+        return self.file.files()
 
     def shape(self, name: str) -> tuple[int, ...]:
         module, _, leaf = name.rpartition(".")

@@ -23,7 +23,7 @@ from edgekit.runtime.budget import MemoryPlan, plan_memory
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.sampling import Sampler, Sampling
 from edgekit.runtime.template import ChatTemplate, Message
-from edgekit.runtime.text import TextStream
+from edgekit.runtime.text import TextStream, whole
 
 Prompt = str | Sequence[Message]
 
@@ -211,7 +211,7 @@ def _shared(cached: Sequence[int], wanted: Sequence[int]) -> int:
 def _tokenizer(bundle: Bundle) -> Tokenizer:
     path = bundle.file("tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        return whole(Tokenizer.from_file(str(path)))
     except Exception as problem:  # the library raises plain Exception
         raise ModelError(f"{path} must be a tokenizer: {problem}") from problem
 

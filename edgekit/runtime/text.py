@@ -117,3 +117,10 @@ def _decoder(
     added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
     silent = frozenset(token for token, content in added.items() if content.special)
     return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)), silent
+
+
+def whole(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, told to encode all of a text: some files ask for cutting or padding, which would be silent here."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

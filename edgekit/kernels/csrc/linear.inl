@@ -1,11 +1,12 @@
 // y = x W^T over the tiles of path.h, written once for all instruction sets against the sixteen-lane vectors of vec_*.h.
 //
-// Activations are 8-bit codes with a scale a block, so a block contributes
+// Activations are integers with a scale a block, so a block contributes
 //
 //   scale_w * scale_x * (sum q_w q_x - zero * sum q_x)        (kMinimum: ... + minimum * scale_x * sum q_x)
 //
 // in integers up to the scales. The integer accumulator starts at -zero * sum q_x, so symmetric weights cost no more
-// than bare dot products. kAtOnce rows of activations share each unpacking of the weights.
+// than bare dot products. kAtOnce rows of activations share each unpacking of the weights. With two planes of
+// activations, sum q_w q_x is kPlane times the high plane's sum plus the low one's.
 
 namespace edgekit {
 namespace {
@@ -30,7 +31,7 @@ constexpr int zero_of() {
 }
 
 // The products of one tile with Rows rows of activations, from row `first`.
-template <int Bits, Offset Kind, int Rows>
+template <int Bits, Offset Kind, int Planes, int Rows>
 inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
   const int64_t blocks = w.blocks();
   const int groups = w.block / 32;
@@ -41,20 +42,24 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
   const uint16_t* minima = static_cast<const uint16_t*>(w.offsets) + tile * blocks * kLanes;
   for (int m = 0; m < Rows; ++m) sums[m] = zeros();
   for (int64_t b = 0; b < blocks; ++b) {
-    Ints acc[Rows];
-    for (int m = 0; m < Rows; ++m) {
-      const int32_t sum = x.sums[(first + m) * blocks + b];
-      // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and other offsets are shifted below.
-      acc[m] = all(Kind == Offset::kSymmetric ? -zero_of<Bits>() * sum : 0);
+    Ints acc[Planes][Rows];
+    for (int p = 0; p < Planes; ++p) {
+      for (int m = 0; m < Rows; ++m) {
+        const int32_t sum = x.sums[(p * x.rows + first + m) * blocks + b];
+        // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and other offsets are shifted below.
+        acc[p][m] = all(Kind == Offset::kSymmetric ? -zero_of<Bits>() * sum : 0);
+      }
     }
     for (int g = 0; g < groups; ++g) {
       Bytes unpacked[8];
       unpack<Bits>(codes, unpacked);
       prefetch(codes + 8 * kGroupBytes);
       codes += kGroupBytes;
-      for (int m = 0; m < Rows; ++m) {
-        const int8_t* row = x.codes + (first + m) * x.width + b * w.block + 32 * g;
-        acc[m] = dot<Bits>(acc[m], unpacked, row);
+      for (int p = 0; p < Planes; ++p) {
+        for (int m = 0; m < Rows; ++m) {
+          const int8_t* row = x.codes + (p * x.rows + first + m) * x.width + b * w.block + 32 * g;
+          acc[p][m] = dot<Bits>(acc[p][m], unpacked, row);
+        }
       }
     }
     const Floats scale = load_half(scales + b * kLanes);
@@ -69,9 +74,13 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
     for (int m = 0; m < Rows; ++m) {
       const int64_t at = (first + m) * blocks + b;
       const Floats scale_x = all(x.scales[at]);
-      sums[m] = fma(to_float(acc[m]), mul(scale, scale_x), sums[m]);
+      Floats product = to_float(acc[0][m]);
+      if constexpr (Planes == 2) product = fma(product, all(static_cast<float>(kPlane)), to_float(acc[1][m]));
+      sums[m] = fma(product, mul(scale, scale_x), sums[m]);
       if constexpr (Kind != Offset::kSymmetric) {
-        sums[m] = fma(offset, all(x.scales[at] * static_cast<float>(x.sums[at])), sums[m]);
+        float sum = static_cast<float>(x.sums[at]);
+        if constexpr (Planes == 2) sum = sum * kPlane + static_cast<float>(x.sums[x.rows * blocks + at]);
+        sums[m] = fma(offset, all(x.scales[at] * sum), sums[m]);
       }
     }
   }
@@ -113,34 +122,45 @@ inline void finish(const Epilogue& end, Floats value, float* y, int64_t at, int6
   }
 }
 
-template <int Bits, Offset Kind, int Rows>
+template <int Bits, Offset Kind, int Planes, int Rows>
 void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
                   int64_t first) {
   Floats sums[Rows];
   if (!end.gated) {
-    tile_product<Bits, Kind, Rows>(w, tile, x, first, sums);
+    tile_product<Bits, Kind, Planes, Rows>(w, tile, x, first, sums);
     for (int m = 0; m < Rows; ++m) {
       finish(end, sums[m], y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows);
     }
     return;
   }
   Floats up[Rows];
-  tile_product<Bits, Kind, Rows>(w, 2 * tile, x, first, sums);
-  tile_product<Bits, Kind, Rows>(w, 2 * tile + 1, x, first, up);
+  tile_product<Bits, Kind, Planes, Rows>(w, 2 * tile, x, first, sums);
+  tile_product<Bits, Kind, Planes, Rows>(w, 2 * tile + 1, x, first, up);
   for (int m = 0; m < Rows; ++m) {
     const Floats value = mul(silu(sums[m]), up[m]);
     finish(end, value, y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows / 2);
   }
 }
 
-template <int Bits, Offset Kind>
+template <int Bits, Offset Kind, int Planes>
 void tiles_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
                    int64_t last) {
+  constexpr int kMost = kAtOnce / Planes, kPair = kMost < 2 ? 1 : 2;
   for (int64_t tile = first; tile < last; ++tile) {
     int64_t row = 0;
-    for (; row + kAtOnce <= x.rows; row += kAtOnce) rows_product<Bits, Kind, kAtOnce>(w, x, end, y, stride, tile, row);
-    for (; row + 2 <= x.rows; row += 2) rows_product<Bits, Kind, 2>(w, x, end, y, stride, tile, row);
-    if (row < x.rows) rows_product<Bits, Kind, 1>(w, x, end, y, stride, tile, row);
+    for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost>(w, x, end, y, stride, tile, row);
+    for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair>(w, x, end, y, stride, tile, row);
+    if (row < x.rows) rows_product<Bits, Kind, Planes, 1>(w, x, end, y, stride, tile, row);
+  }
+}
+
+template <int Bits, Offset Kind>
+void planes_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
+                    int64_t last) {
+  if (x.planes == 2) {
+    tiles_product<Bits, Kind, 2>(w, x, end, y, stride, first, last);
+  } else {
+    tiles_product<Bits, Kind, 1>(w, x, end, y, stride, first, last);
   }
 }
 
@@ -148,9 +168,9 @@ template <int Bits>
 void multiply_bits(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
                    int64_t last) {
   switch (w.offset) {
-    case Offset::kSymmetric: return tiles_product<Bits, Offset::kSymmetric>(w, x, end, y, stride, first, last);
-    case Offset::kZeroPoint: return tiles_product<Bits, Offset::kZeroPoint>(w, x, end, y, stride, first, last);
-    case Offset::kMinimum: return tiles_product<Bits, Offset::kMinimum>(w, x, end, y, stride, first, last);
+    case Offset::kSymmetric: return planes_product<Bits, Offset::kSymmetric>(w, x, end, y, stride, first, last);
+    case Offset::kZeroPoint: return planes_product<Bits, Offset::kZeroPoint>(w, x, end, y, stride, first, last);
+    case Offset::kMinimum: return planes_product<Bits, Offset::kMinimum>(w, x, end, y, stride, first, last);
   }
 }
 
@@ -161,6 +181,25 @@ void multiply(const Matrix& w, const Activations& x, const Epilogue& end, float*
   } else {
     multiply_bits<8>(w, x, end, y, stride, first, last);
   }
+}
+
+// Store `count` values, a multiple of 16, as integers in one plane or two, and their sums.
+void store_planes(const float* values, int count, float inverse, const Activations& out, int64_t at, int64_t sum_at) {
+  const float most = out.planes == 2 ? kPlane * 127.0f + 126.0f : 127.0f;
+  int32_t high_sum = 0, low_sum = 0;
+  for (int i = 0; i < count; i += kLanes) {
+    // What is not a number, or too small for `inverse` to be one, still gives a code.
+    const Floats q = round(min(max(mul(load(values + i), all(inverse)), all(-most)), all(most)));
+    if (out.planes == 1) {
+      high_sum += store_codes(out.codes + at + i, q);
+      continue;
+    }
+    const Floats high = round(mul(q, all(1.0f / kPlane)));
+    high_sum += store_codes(out.codes + at + i, high);
+    low_sum += store_codes(out.codes + out.rows * out.width + at + i, fma(high, all(-static_cast<float>(kPlane)), q));
+  }
+  out.sums[sum_at] = high_sum;
+  if (out.planes == 2) out.sums[out.rows * out.blocks + sum_at] = low_sum;
 }
 
 void quantize(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
@@ -194,16 +233,9 @@ void quantize(const float* x, int64_t columns, const float* norm, float epsilon,
         }
       }
       const float peak = largest(top);
-      const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-      int32_t total = 0;
-      int8_t* codes = out.codes + row * out.width + from;
-      for (int i = 0; i < block; i += kLanes) {
-        // What is not a number, or too small for `inverse` to be one, still gives a code.
-        const Floats scaled = min(max(mul(load(values + i), all(inverse)), all(-127.0f)), all(127.0f));
-        total += store_codes(codes + i, round(scaled));
-      }
-      out.scales[row * out.blocks + b] = peak / 127.0f;
-      out.sums[row * out.blocks + b] = total;
+      const float most = out.planes == 2 ? kPlane * 127.0f + 126.0f : 127.0f;
+      store_planes(values, block, peak > 0 ? most / peak : 0.0f, out, row * out.width + from, row * out.blocks + b);
+      out.scales[row * out.blocks + b] = peak / most;
     }
   }
 }

@@ -21,6 +21,9 @@ using ort::Tensor;
 
 int g_decode_threads = 1, g_prefill_threads = 1;
 
+// Up to so many rows activations have 15 bits: decoding waits for the weights, so the second dot product is free there.
+constexpr int64_t kFineRows = 64;
+
 // What scratch memory is for; pieces for different uses may be held at the same time.
 enum class Use { kCodes, kScales, kSums, kQueries, kPartials, kScores };
 
@@ -136,11 +139,12 @@ class Linear {
     const int threads = rows == 1 ? g_decode_threads : g_prefill_threads;
     Activations codes{};
     codes.rows = rows;
+    codes.planes = rows <= kFineRows ? 2 : 1;
     codes.blocks = w_.blocks();
     codes.width = codes.blocks * w_.block;
-    codes.codes = scratch<int8_t, Use::kCodes>(rows * codes.width);
+    codes.codes = scratch<int8_t, Use::kCodes>(codes.planes * rows * codes.width);
     codes.scales = scratch<float, Use::kScales>(rows * codes.blocks);
-    codes.sums = scratch<int32_t, Use::kSums>(rows * codes.blocks);
+    codes.sums = scratch<int32_t, Use::kSums>(codes.planes * rows * codes.blocks);
     const size_t cuts = rows < 8 ? 1 : pieces(rows, threads, 8);
     context.parallel(cuts, [&](size_t i) {
       path().quantize(x.as<float>(), w_.columns, norm_, epsilon_, w_.block, codes, share(rows, i, cuts),
@@ -231,6 +235,7 @@ class Attend {
     if (heads % kv_heads_) fail("num_heads must be a multiple of kv_num_heads: got %lld and %lld", (long long)heads, (long long)kv_heads_);
     if (head_dim_ % kLanes) fail("head_dim must be a multiple of 16: got %lld", (long long)head_dim_);
     group_ = heads / kv_heads_;
+    if (window_ == 0) fail("attribute local_window_size must be -1 or at least 1: got 0");
     if (window_ < 0) window_ = 0;
     if (kNormed) {
       epsilon_ = info.number("epsilon");
@@ -245,13 +250,14 @@ class Attend {
                  cosine = context.input(4, "cos"), sine = context.input(5, "sin");
     const int64_t d = head_dim_, q_width = kv_heads_ * group_ * d, width = q_width + 2 * kv_heads_ * d;
     if (x.rank != 3 || x.dims[0] != 1 || x.dims[2] != width) {
-      fail("qkv must have shape (1, tokens, %lld): got %lld elements; batches are not supported", (long long)width,
-           (long long)x.count());
+      fail("qkv must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)width,
+           x.shape().c_str());
     }
     const int64_t tokens = x.dims[1], cache = past_keys.rank == 4 ? past_keys.dims[2] : 0;
-    for (const Tensor* past : {&past_keys, &past_values}) {
+    for (const auto& [name, past] : {std::pair{"past_key", &past_keys}, {"past_value", &past_values}}) {
       if (past->rank != 4 || past->dims[0] != 1 || past->dims[1] != kv_heads_ || past->dims[2] != cache || past->dims[3] != d) {
-        fail("the cache must have shape (1, %lld, length, %lld)", (long long)kv_heads_, (long long)d);
+        fail("%s must have shape (1, %lld, length, %lld): got %s", name, (long long)kv_heads_, (long long)d,
+             past->shape().c_str());
       }
     }
     if (last.count() != 1) fail("the index of the last token must be one number: got %lld", (long long)last.count());
@@ -259,9 +265,10 @@ class Attend {
     if (first < 0 || total > cache) {
       fail("tokens %lld to %lld must lie in the cache of %lld", (long long)first, (long long)total - 1, (long long)cache);
     }
-    for (const Tensor* table : {&cosine, &sine}) {
+    for (const auto& [name, table] : {std::pair{"cos", &cosine}, {"sin", &sine}}) {
       if (table->rank != 2 || table->dims[0] < total || table->dims[1] != d / 2) {
-        fail("the rotary tables must have shape (at least %lld, %lld)", (long long)total, (long long)(d / 2));
+        fail("%s must have shape (at least %lld, %lld): got %s", name, (long long)total, (long long)(d / 2),
+             table->shape().c_str());
       }
     }
     const int64_t dims[3] = {1, tokens, q_width};

@@ -6,7 +6,8 @@
 
 namespace edgekit {
 
-constexpr int kLanes = 16;  // rows of a tile: one lane each
+constexpr int kLanes = 16;   // rows of a tile: one lane each
+constexpr int kPlane = 254;  // so that the low plane lies in -127..127 too
 
 enum class Offset { kSymmetric, kZeroPoint, kMinimum };
 
@@ -34,11 +35,13 @@ struct Matrix {
   [[gnu::always_inline]] int64_t tile_codes() const { return blocks() * kLanes * block * bits / 8; }
 };
 
-// Rows of activations in 8 bits: value = scale * code within a block; sums are of the codes of a block.
+// Rows of activations as integers: value = scale * q within a block, where q is an 8-bit code (one plane), or
+// kPlane * high + low of two (two planes): 15 bits, for twice the dot products. Sums are of a block's codes.
 struct Activations {
-  int8_t* codes;   // [rows][blocks * block]
+  int8_t* codes;   // [planes][rows][blocks * block], the high plane first
   float* scales;   // [rows][blocks]
-  int32_t* sums;   // [rows][blocks]
+  int32_t* sums;   // [planes][rows][blocks]
+  int planes;
   int64_t rows;
   int64_t width;   // blocks * block
   int64_t blocks;

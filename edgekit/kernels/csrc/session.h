@@ -53,6 +53,11 @@ struct Tensor {
     for (size_t i = 0; i < rank; ++i) n *= dims[i];
     return n;
   }
+  std::string shape() const {
+    std::string text = "(";
+    for (size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+    return text + ")";
+  }
   template <class T>
   T* as() const {
     return static_cast<T*>(data);
@@ -85,7 +90,7 @@ class Info {
 
   int64_t integer(const char* name, int64_t least, int64_t most) const {
     int64_t value = 0;
-    check(call<OrtStatus*>(KernelInfoGetAttribute_int64, info_, name, &value), name);
+    given(call<OrtStatus*>(KernelInfoGetAttribute_int64, info_, name, &value), name);
     if (value < least || value > most) {
       fail("attribute %s must be from %lld to %lld: got %lld", name, (long long)least, (long long)most, (long long)value);
     }
@@ -93,7 +98,7 @@ class Info {
   }
   float number(const char* name) const {
     float value = 0;
-    check(call<OrtStatus*>(KernelInfoGetAttribute_float, info_, name, &value), name);
+    given(call<OrtStatus*>(KernelInfoGetAttribute_float, info_, name, &value), name);
     return value;
   }
   // A constant of the model, of `count` elements; the short form takes any number of them.
@@ -115,6 +120,12 @@ class Info {
   }
 
  private:
+  static void given(OrtStatus* status, const char* name) {
+    if (!status) return;
+    call<void>(ReleaseStatus, status);
+    fail("attribute %s must be given, and of its own type", name);
+  }
+
   const OrtKernelInfo* info_;
 };
 
