@@ -24,6 +24,7 @@ def doctor(as_json: bool) -> None:
 
     from edgekit.host import host_device
     from edgekit.manifest import versions
+    from edgekit.kernels.library import status
     from edgekit.profile.memory import available_bytes
 
     host, available = host_device(), available_bytes()
@@ -33,7 +34,7 @@ def doctor(as_json: bool) -> None:
         print_json(
             {
                 "versions": found,
-                "kernels": "stock onnxruntime",
+                "kernels": status(),
                 "machine": host.fingerprint(),
                 "threads": host.threads,
                 "memory_available_bytes": available,
@@ -43,7 +44,7 @@ def doctor(as_json: bool) -> None:
         return
     lines = {
         **found,
-        "kernels": "stock onnxruntime",
+        "kernels": status(),
         "machine": f"{host.title}, {host.arch}",
         "threads": str(host.threads or "unknown"),
         "features": " ".join(sorted(host.isa)) or "unknown",

@@ -80,7 +80,7 @@ def export(
             checkpoint,
             folder,
             spec,
-            integers=native or _multiplies_integers(checkpoint, target),
+            products=_products(checkpoint, target, native=native),
             accept_drift=accept_drift,
         )
         on_progress("writing digests")
@@ -88,7 +88,7 @@ def export(
 
 
 def _check(
-    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, integers: bool, accept_drift: bool
+    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, products: str, accept_drift: bool
 ) -> tuple[Measurement, ...]:
     tokenizer = _tokenizer(checkpoint)
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -99,15 +99,19 @@ def _check(
     if not sequences:
         raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
     engine = Engine(folder / MODEL, spec, context=context, threads=1)
-    bounds = BOUNDS["int8" if integers else "float32"]
+    bounds = BOUNDS[products]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
     parity = check_parity(checkpoint, engine, sequences, bounds=bounds)
     return (*parity, _sentence(engine, tokenizer, sequences[0]))
 
 
-def _multiplies_integers(checkpoint: Checkpoint, target: Target) -> bool:
-    return any(entry.bits in target.integer_bits for entry in checkpoint.structure.values())
+def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:
+    """What the graph multiplies in: a key of `BOUNDS`."""
+    if native:
+        return "int15"
+    integers = any(entry.bits in target.integer_bits for entry in checkpoint.structure.values())
+    return "int8" if integers else "float32"
 
 
 def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measurement:

@@ -43,7 +43,11 @@ class Bounds:
     agreement: float
 
 
-BOUNDS = {"float32": Bounds(kl=1e-7, agreement=1.0), "int8": Bounds(kl=0.05, agreement=0.9)}
+BOUNDS = {
+    "float32": Bounds(kl=1e-7, agreement=1.0),
+    "int15": Bounds(kl=1e-4, agreement=1.0),  # our operators, up to 64 tokens at a time
+    "int8": Bounds(kl=0.05, agreement=0.9),
+}
 
 
 def check_parity(

@@ -12,7 +12,9 @@ import os
 import platform
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from edgekit import kernels
 from edgekit.errors import DeviceError, UserError
@@ -74,6 +76,17 @@ def choose_path(name: str) -> None:
         raise UserError(f"a path must be one of {', '.join(known_paths()) or 'none, without kernels'}: got {name!r}")
 
 
+def read_memory(data: NDArray[np.uint8]) -> int:
+    """The sum of a contiguous array's 8-byte words, read once from start to end: a plain loop to measure memory with.
+
+    Raises DeviceError without a library.
+    """
+    path = library_path()
+    if path is None:
+        raise DeviceError(f"reading memory in a native loop needs the kernels: {status()}")
+    return int(_load(path).edgekit_read(data.ctypes.data, data.nbytes // 8))
+
+
 def status() -> str:
     """One line for people: which kernels run, or why none do."""
     if os.environ.get("EDGEKIT_KERNELS") == "off":
@@ -95,6 +108,8 @@ def _load(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
         library.edgekit_set_threads.argtypes = [ctypes.c_int, ctypes.c_int]
         library.edgekit_set_threads.restype = None
+        library.edgekit_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        library.edgekit_read.restype = ctypes.c_uint64
         library.edgekit_path.argtypes = []
         library.edgekit_path.restype = ctypes.c_char_p
         library.edgekit_choose_path.argtypes = [ctypes.c_char_p]

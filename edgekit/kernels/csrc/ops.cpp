@@ -455,6 +455,17 @@ __attribute__((visibility("default"))) void edgekit_set_threads(int decode, int 
   edgekit::g_prefill_threads = prefill;
 }
 
+// The sum of `count` words: what a plain reading loop gets from memory.
+__attribute__((visibility("default"))) uint64_t edgekit_read(const uint64_t* words, size_t count) {
+  uint64_t sums[16] = {};
+  for (size_t i = 0; i + 16 <= count; i += 16) {
+    for (int k = 0; k < 16; ++k) sums[k] += words[i + k];
+  }
+  uint64_t total = 0;
+  for (const uint64_t sum : sums) total += sum;
+  return total;
+}
+
 __attribute__((visibility("default"))) const char* edgekit_path() { return edgekit::path().name; }
 
 __attribute__((visibility("default"))) int edgekit_choose_path(const char* name) { return edgekit::choose_path(name); }

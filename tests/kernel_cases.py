@@ -1,0 +1,278 @@
+"""Nodes of our operators with random weights and inputs: what the tests of kernels and of function bodies run.
+
+Weights are random bytes, padding included, so that nothing rests on what a quantiser would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.kernels import reference
+from edgekit.kernels.library import choose_path, known_paths, library_path, path_name, register
+from edgekit.kernels.opset import DOMAIN, OPS, VERSION
+from edgekit.kernels.pack import Tiles, interleave, tile
+from edgekit.weight import Floats, Quantized, pack
+
+needs_library = pytest.mark.skipif(
+    library_path() is None, reason="no kernel library: build it (see CMakeLists.txt) or name one by EDGEKIT_KERNELS"
+)
+
+Array = NDArray[Any]
+Offsets = Literal["symmetric", "zeros", "minima"]
+
+REFERENCE = {
+    "QuantLinear": reference.quant_linear,
+    "NormQuantLinear": reference.norm_quant_linear,
+    "GatedNormQuantLinear": reference.gated_norm_quant_linear,
+    "QuantEmbedding": reference.quant_embedding,
+    "Attention": reference.attention,
+    "NormAttention": reference.norm_attention,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One node: what the model holds, what is fed, and its attributes."""
+
+    op: str
+    constants: dict[str, Array]
+    inputs: dict[str, Array]
+    attributes: dict[str, Any]
+
+    def reference(self, **mode: Any) -> list[Array]:
+        """The outputs by definition."""
+        result: Any = REFERENCE[self.op](**self.constants, **self.inputs, **self.attributes, **mode)  # type: ignore[operator]
+        return list(result) if isinstance(result, tuple) else [result]
+
+    def changed(self, **values: Any) -> Case:
+        """The case with other constants, inputs or attributes; None takes one away."""
+
+        def merged(old: dict[str, Any]) -> dict[str, Any]:
+            new = {name: values.get(name, value) for name, value in old.items()}
+            return {name: value for name, value in new.items() if value is not None}
+
+        return replace(
+            self,
+            constants=merged(self.constants),
+            inputs=merged(self.inputs),
+            attributes=merged(self.attributes),
+        )
+
+    def model(self, functions: Sequence[onnx.FunctionProto] = ()) -> onnx.ModelProto:
+        """A model of this node alone."""
+        op = OPS[self.op]
+        fed = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values.dtype), [None] * values.ndim)
+            for name, values in self.inputs.items()
+        ]
+        halves = ("present_key", "present_value")
+        made = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT16 if name in halves else TensorProto.FLOAT, None)
+            for name in op.outputs
+        ]
+        node = helper.make_node(op.name, op.inputs, op.outputs, domain=DOMAIN, **self.attributes)
+        held = [numpy_helper.from_array(values, name) for name, values in self.constants.items()]
+        graph = helper.make_graph([node], "case", fed, made, initializer=held)
+        opsets = {"": 21, "com.microsoft": 1, DOMAIN: VERSION}
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
+            functions=functions,
+            ir_version=10,
+        )
+
+
+def open_session(model: onnx.ModelProto | Path, *, native: bool, threads: int = 1) -> ort.InferenceSession:
+    """The model with or without the kernel library, which must be there if `native`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if native:
+        assert register(options, decode_threads=threads, prefill_threads=threads)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run_natively(case: Case, *, threads: int = 1) -> list[Array]:
+    outputs: list[Array] = open_session(case.model(), native=True, threads=threads).run(None, case.inputs)
+    return outputs
+
+
+def random_matrix(
+    rng: np.random.Generator, rows: int, columns: int, *, bits: int, block: int, offsets: Offsets
+) -> Quantized:
+    """Random codes, scales of both signs and sizes, and zero points or minima."""
+    blocks = -(-columns // block)
+    scales = (rng.standard_normal((rows, blocks)) * 10.0 ** rng.integers(-4, 1, (rows, blocks))).astype(np.float16)
+    return Quantized(
+        rng.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
+        scales,
+        pack(rng.integers(0, 1 << bits, (rows, blocks), np.uint8), bits) if offsets == "zeros" else None,
+        bits=bits,
+        block=block,
+        columns=columns,
+        minima=rng.standard_normal((rows, blocks)).astype(np.float16) if offsets == "minima" else None,
+    )
+
+
+def native_mode(rows: int) -> Literal["int16", "int8"]:
+    """How the kernels round that many rows of activations."""
+    return "int16" if rows <= reference.FINE_ROWS else "int8"
+
+
+def steady_activations(rng: np.random.Generator, rows: int, columns: int, block: int) -> Floats:
+    """Rows whose codes no rounding error on the way can change: (1, rows, columns).
+
+    Each block holds its peak and else numbers well away from the middle between two codes. Blocks differ in size; the
+    second row and now and then a block are all zero.
+    """
+    blocks, steps = -(-columns // block), reference.STEPS[native_mode(rows)]
+    codes = rng.integers(1 - steps, steps, (rows, blocks, block)) + rng.uniform(-0.4, 0.4, (rows, blocks, block))
+    codes[:, :, 0] = steps
+    codes *= 10.0 ** rng.integers(-3, 2, (rows, blocks, 1))
+    codes[rng.random((rows, blocks)) < 0.1] = 0
+    codes[1:2] = 0
+    return codes.reshape(1, rows, blocks * block)[:, :, :columns].astype(np.float32)
+
+
+def matrix_case(
+    op: str, tiles: Tiles, inputs: dict[str, Array], first: dict[str, Array], last: dict[str, Array], **attributes: Any
+) -> Case:
+    """A node over a matrix: its constants stand between `first` and `last`."""
+    parts: dict[str, Array] = dict(zip(("codes", "scales", "zeros", "minima"), tiles.constants(), strict=True))
+    sizes = {"N": tiles.rows, "K": tiles.columns, "bits": tiles.bits, "block": tiles.block}
+    return Case(op, {**first, **parts, **last}, inputs, {**sizes, **attributes})
+
+
+NOTHING = np.zeros(1, np.float32)
+Extra = Literal["nothing", "bias", "residual", "both"]
+
+
+def linear_case(
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    block: int = 32,
+    offsets: Offsets = "symmetric",
+    rows: int = 2,
+    extra: Extra = "nothing",
+    seed: int = 0,
+) -> Case:
+    """QuantLinear of ordinary random activations."""
+    rng = np.random.default_rng(seed)
+    tiles = tile(random_matrix(rng, N, K, bits=bits, block=block, offsets=offsets))
+    inputs: dict[str, Array] = {"x": rng.standard_normal((1, rows, K)).astype(np.float32)}
+    last = {"bias": NOTHING, "residual": NOTHING}
+    if extra in ("bias", "both"):
+        last["bias"] = rng.standard_normal(N).astype(np.float32)
+    if extra in ("residual", "both"):
+        del last["residual"]
+        inputs["residual"] = rng.standard_normal((1, rows, N)).astype(np.float32)
+    return matrix_case("QuantLinear", tiles, inputs, {}, last)
+
+
+def norm_case(
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    block: int = 32,
+    offsets: Offsets = "symmetric",
+    rows: int = 2,
+    biased: bool = False,
+    gated: bool = False,
+    seed: int = 0,
+) -> Case:
+    """NormQuantLinear, or GatedNormQuantLinear with N / 2 rows of gate."""
+    rng = np.random.default_rng(seed)
+    kind: dict[str, Any] = {"bits": bits, "block": block, "offsets": offsets}
+    norm = rng.uniform(0.5, 2, K).astype(np.float32) * rng.choice(np.array([-1, 1], np.float32), K)
+    inputs: dict[str, Array] = {"x": steady_activations(rng, rows, K, block) / norm}
+    if gated:
+        halves = [tile(random_matrix(rng, N // 2, K, **kind)) for _ in range(2)]
+        return matrix_case("GatedNormQuantLinear", interleave(*halves), inputs, {"norm": norm}, {}, epsilon=1e-5)
+    tiles = tile(random_matrix(rng, N, K, **kind))
+    bias = rng.standard_normal(N).astype(np.float32) if biased else NOTHING
+    return matrix_case("NormQuantLinear", tiles, inputs, {"norm": norm}, {"bias": bias}, epsilon=1e-5)
+
+
+def embedding_case(
+    N: int, K: int, *, bits: int = 4, block: int = 32, offsets: Offsets = "symmetric", tokens: int = 40, seed: int = 0
+) -> Case:
+    rng = np.random.default_rng(seed)
+    tiles = tile(random_matrix(rng, N, K, bits=bits, block=block, offsets=offsets))
+    return matrix_case("QuantEmbedding", tiles, {"ids": rng.integers(0, N, (1, tokens))}, {}, {})
+
+
+def attention_case(
+    *,
+    tokens: int,
+    first: int = 0,
+    kv_heads: int = 1,
+    group: int = 1,
+    head_dim: int = 16,
+    window: int = -1,
+    normed: bool = False,
+    spare: int = 5,
+    seed: int = 0,
+) -> Case:
+    """`tokens` tokens from position `first` on; past the last of them the cache has `spare` places of NaN."""
+    rng = np.random.default_rng(seed)
+    heads, total = kv_heads * group, first + tokens
+    past = rng.standard_normal((2, 1, kv_heads, total + spare, head_dim)).astype(np.float16)
+    past[:, :, :, first:] = np.nan
+    angles = np.arange(total + spare)[:, None] * 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    fed = {
+        "qkv": rng.standard_normal((1, tokens, (heads + 2 * kv_heads) * head_dim)).astype(np.float32),
+        "past_key": past[0],
+        "past_value": past[1],
+        "last": np.array([total - 1], np.int32),
+    }
+    held = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+    attributes |= {"head_dim": head_dim, "local_window_size": window}
+    if not normed:
+        return Case("Attention", held, fed, attributes)
+    for name in ("q_norm", "k_norm"):
+        held[name] = rng.uniform(0.5, 2, head_dim).astype(np.float32)
+    return Case("NormAttention", held, fed, {**attributes, "epsilon": 1e-6})
+
+
+def every_path() -> Iterator[str]:
+    """Chooses each path that this processor can run in turn, and the one that was chosen again at the end."""
+    before = path_name()
+    assert before
+    try:
+        for name in known_paths():
+            choose_path(name)
+            yield name
+    finally:
+        choose_path(before)
+
+
+def assert_close(actual: Array, expected: Array, tolerance: float, what: str) -> None:
+    """|actual - expected| <= tolerance * max |expected|, everywhere."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype, what
+    top = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * top, err_msg=what)
+
+
+def assert_native(case: Case, *, tolerance: float = 1e-6, **mode: Any) -> None:
+    """On every path, the kernel gives what the definition says."""
+    expected = case.reference(**mode)
+    session = open_session(case.model(), native=True)
+    for path in every_path():
+        for name, value, wanted in zip(OPS[case.op].outputs, session.run(None, case.inputs), expected, strict=True):
+            assert_close(value, wanted, tolerance, f"{name} on {path}")
