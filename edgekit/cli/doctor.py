@@ -23,8 +23,8 @@ def doctor(as_json: bool) -> None:
     from importlib.util import find_spec
 
     from edgekit.host import host_device
-    from edgekit.manifest import versions
     from edgekit.kernels.library import status
+    from edgekit.manifest import versions
     from edgekit.profile.memory import available_bytes
 
     host, available = host_device(), available_bytes()

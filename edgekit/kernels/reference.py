@@ -5,9 +5,9 @@ block of a row of activations, n numbers x with peak p = max |x|, becomes, with 
 
     p / m * rint(x * (m / p)),        zeros where p is 0.
 
-What follows is exact in integers, so a kernel differs from this by the rounding of float sums alone. Kernels use "int16"
-for up to FINE_ROWS rows of activations and "int8" for more. Sums here are in float64. Arguments are the operator's
-inputs in the table's order and its attributes by name.
+What follows is exact in integers, so a kernel differs from this by the rounding of float sums alone. Kernels use
+"int16" for up to FINE_ROWS rows of activations and "int8" for more. Sums here are in float64. Arguments are the
+operator's inputs in the table's order and its attributes by name.
 """
 
 from __future__ import annotations
