@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import onnxruntime as ort
 import pytest
 
+from edgekit.device import Arch
 from edgekit.errors import DeviceError, UserError
 from edgekit.kernels import build, library
 
@@ -155,7 +157,7 @@ def test_a_relative_name_is_of_this_folder(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_flags_of_paths_are_of_units_that_exist() -> None:
-    for arch in ("x86_64", "aarch64"):
+    for arch in get_args(Arch):
         flags = build.path_flags(arch)
         assert flags
         for name in flags:
@@ -164,7 +166,7 @@ def test_flags_of_paths_are_of_units_that_exist() -> None:
 
 
 def test_cross_compiling_needs_zig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"needs zig: pip install 'edgekit\[cross\]'"):
         build.build_for("aarch64", tmp_path / "kernels.so")
     assert not list(tmp_path.iterdir())
@@ -184,8 +186,8 @@ def test_every_path_agrees_with_the_definition(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
-def test_compiles_for_both_processor_families(tmp_path: Path, arch: build.Arch) -> None:
+@pytest.mark.parametrize("arch", get_args(Arch))
+def test_compiles_for_both_processor_families(tmp_path: Path, arch: Arch) -> None:
     pytest.importorskip("ziglang")
     build.build_for(arch, tmp_path / "kernels.so")
     head = (tmp_path / "kernels.so").read_bytes()[:20]

@@ -2,11 +2,13 @@
 
 A model carries these bodies, and onnxruntime puts one in the place of each node that no registered kernel takes. What
 depends on constants alone is computed once, when the session is made (at every graph optimisation level but "disable
-all"): tiles become the row-major codes of MatMulNBits and GatherBlockQuantized, and of the branch on minima one side
-stays. So a linear operator runs as two or three nodes, and no weight is ever unpacked to floats.
+all"): tiles become the row-major codes of MatMulNBits, and of the branch on minima one side stays. So a product runs as
+one to three nodes, and no weight is ever unpacked to floats. While it is made, a session takes some 6 bytes a weight of
+4 bits and 12 of 8.
 
-Where a body differs from the native kernel: minima multiply sums of the activations as they were before their rounding
-to 8 bits; attention multiplies in float16 and leaves the cache past the last token undefined.
+Where a body differs from the native kernel: activations have 8 bits however few rows they are, and beside minima only
+what is measured from the middle code meets rounded activations; attention multiplies in float16 and leaves the cache
+past the last token undefined; a negative id is not refused.
 """
 
 from __future__ import annotations
@@ -51,28 +53,30 @@ _SHAPES = """
   up = Cast <to = 2> (up_bits)
 """
 
-# B (N, blocks, bytes): each row's codes in order, low bits first. In the tiles, the codes that share a byte are half a
-# group of columns apart: they are taken from neighbouring columns instead, one for each half.
-_CODES = """
+# What takes a byte apart into codes.
+_BYTES = """
   start = Constant <value_int = 0> ()
   end = Constant <value_int = 8> ()
   shifts_int = Range (start, end, bits_number)
   shifts_byte = Cast <to = 2> (shifts_int)
-  shift_axes = Constant <value_ints = [1, 2, 3]> ()
-  shifts = Unsqueeze (shifts_byte, shift_axes)
   values = Pow (two, bits)
   mask_int = Sub (values, one)
   mask = Cast <to = 2> (mask_int)
-
   block_groups = Div (block, group)
   groups = Mul (blocks, block_groups)
+"""
+
+# B (N, blocks, bytes): each row's codes in order, low bits first. In the tiles, the codes that share a byte are half a
+# group of columns apart: they are taken from neighbouring columns instead, one for each half.
+_CODES = """
+  shift_axes = Constant <value_ints = [1, 2, 3]> ()
+  shifts = Unsqueeze (shifts_byte, shift_axes)
   pairs = Div (four, codes_a_byte)
   runs_shape = Concat <axis = 0> (rest, parts, groups, one, bits, sixteen, pairs, codes_a_byte)
   runs = Reshape (codes, runs_shape)
-  first_column = Gather <axis = 7> (runs, zero)
-  last_column = Gather <axis = 7> (runs, last_code)
-  first_byte = Squeeze (first_column, rest)
-  last_byte = Squeeze (last_column, rest)
+  first_byte = Gather <axis = 7> (runs, start)
+  last_number = Squeeze (last_code)
+  last_byte = Gather <axis = 7> (runs, last_number)
   first_shifted = BitShift <direction = "RIGHT"> (first_byte, shifts)
   last_shifted = BitShift <direction = "RIGHT"> (last_byte, shifts)
   low = BitwiseAnd (first_shifted, mask)
@@ -101,11 +105,14 @@ _ROWS = """
   NAME_rows = Reshape (NAME_cut, NAME_rows_shape)
 """
 
-# S (N, blocks), and offsets (N, blocks): the values are S * (code - middle) + offsets, the middle being 2^(bits-1).
-_SCALES_AND_OFFSETS = """
+_FLOATS = """
   S = Cast <to = 1> (scales_rows)
-  minima_float = Cast <to = 1> (minima_rows)
   zeros_float = Cast <to = 1> (zeros_rows)
+  minima_float = Cast <to = 1> (minima_rows)
+"""
+
+# offsets (N, blocks): the values are S * (code - middle) + offsets, the middle being 2^(bits-1).
+_OFFSETS = """
   middle_int = Div (values, two)
   middle = Cast <to = 1> (middle_int)
   steps = Sub (middle, zeros_float)
@@ -178,23 +185,42 @@ _GATE = """
   y = Mul (active, other)
 """
 
-# The middle code again: GatherBlockQuantized refuses zero points whose shape it does not know beforehand, and in a
-# function it knows none.
+# The ids' tiles are picked before they are taken apart, so that the table is not copied.
 _EMBEDDING = """
-  table_shape = Concat <axis = 0> (N, rest)
-  table = Reshape (B, table_shape)
-  from_middle = com.microsoft.GatherBlockQuantized <
-    gather_axis = 0, quantize_axis = 1, bits: int = @bits, block_size: int = @block
-  > (table, ids, S)
-  leading = Shape (ids)
-  blocks_shape = Concat <axis = 0> (leading, blocks, block)
-  in_blocks = Reshape (from_middle, blocks_shape)
-  offset = Gather (offsets, ids)
-  offset_column = Unsqueeze (offset, rest)
-  shifted = Add (in_blocks, offset_column)
-  padded_shape = Concat <axis = 0> (leading, rest)
-  padded = Reshape (shifted, padded_shape)
-  y = Slice (padded, zero, K, rest)
+  ids_flat = Reshape (ids, rest)
+  tile = Div (ids_flat, sixteen)
+  lane_number = Mod (ids_flat, sixteen)
+  lane = Unsqueeze (lane_number, rest)
+  picked = Gather (codes, tile)
+  runs_shape = Concat <axis = 0> (rest, groups, bits, sixteen, four)
+  runs = Reshape (picked, runs_shape)
+  lanes_first = Transpose <perm = [0, 3, 1, 2, 4]> (runs)
+  row = GatherND <batch_dims = 1> (lanes_first, lane)
+  half_axis = Constant <value_ints = [2]> ()
+  row_halves = Unsqueeze (row, half_axis)
+  shift_axes = Constant <value_ints = [1, 2]> ()
+  shifts = Unsqueeze (shifts_byte, shift_axes)
+  shifted = BitShift <direction = "RIGHT"> (row_halves, shifts)
+  row_codes = BitwiseAnd (shifted, mask)
+  blocks_shape = Concat <axis = 0> (rest, blocks, block)
+  in_blocks = Reshape (row_codes, blocks_shape)
+  row_values = Cast <to = 1> (in_blocks)
+  row_zeros = Gather (zeros_float, ids_flat)
+  row_scales = Gather (S, ids_flat)
+  row_minima = Gather (minima_float, ids_flat)
+  zero_column = Unsqueeze (row_zeros, rest)
+  scale_column = Unsqueeze (row_scales, rest)
+  minimum_column = Unsqueeze (row_minima, rest)
+  from_zero = Sub (row_values, zero_column)
+  scaled = Mul (from_zero, scale_column)
+  shifted_up = Add (scaled, minimum_column)
+  width = Mul (blocks, block)
+  padded_shape = Concat <axis = 0> (rest, width)
+  padded = Reshape (shifted_up, padded_shape)
+  flat = Slice (padded, zero, K, one)
+  ids_shape = Shape (ids)
+  y_shape = Concat <axis = 0> (ids_shape, K)
+  y = Reshape (flat, y_shape)
 """
 
 _HEADS = """
@@ -248,9 +274,10 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
     """A function for each operator of the table: to be a model's `functions`, beside an import of their domain.
 
     With `int8_activations` products round activations to 8 bits a block and multiply in integers, as the native kernels
-    do, where the processor has instructions for it (accuracy level 4 of MatMulNBits); without, they are in float32.
+    do with many rows, where the processor has instructions for it (accuracy level 4 of MatMulNBits); else they are in
+    float32, several times slower.
     """
-    linear, gated = _matrix(parts=1) + _ZEROS, _matrix(parts=2) + _ZEROS
+    linear, gated = (_matrix(parts=parts) + _CODES + _ZEROS + _OFFSETS for parts in (1, 2))
     norm = _norm("x", "norm", "n")
     head_norms = _norm("q_heads", "q_norm", "q_normed") + _norm("k_heads", "k_norm", "k_normed")
     product = _PRODUCT.replace("LEVEL", "4" if int8_activations else "0")
@@ -268,7 +295,7 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
 
 def _matrix(*, parts: int) -> str:
     rows = "".join(_ROWS.replace("NAME", name) for name in ("scales", "zeros", "minima"))
-    return _SHAPES.replace("PARTS", str(parts)) + _CODES + rows + _SCALES_AND_OFFSETS
+    return _SHAPES.replace("PARTS", str(parts)) + _BYTES + rows + _FLOATS
 
 
 def _norm(x: str, weight: str, normed: str) -> str:

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 
 from edgekit.errors import UserError
 from edgekit.host import host_device
-from edgekit.kernels.library import path_name
 from edgekit.manifest import now, versions
 from edgekit.profile.memory import PeakMemory
 from edgekit.profile.stats import drift, measured
@@ -78,7 +77,7 @@ def profile(
         subject=f"{path.resolve().name} {session.bundle.manifest.files['model.onnx'].sha256[:12]}",
         measurements=tuple(rows),
         machine={**host_device().fingerprint(), "threads": str(session.engine.threads)},
-        versions={**versions("numpy", "onnxruntime", "tokenizers"), "kernels": _kernels(session)},
+        versions={**versions("numpy", "onnxruntime", "tokenizers"), "kernels": session.engine.kernels},
         samples={name: tuple(numbers) for name, (_, numbers) in samples.items()},
         created=now(),
     )
@@ -125,11 +124,6 @@ def text_of_length(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     while len((encoded := tokenizer.encode(text)).ids) > len(ids) and len(text) > 1:
         text = text[: max(1, *(start for start, _ in encoded.offsets[: len(ids) + 1]))]
     return str(text)
-
-
-def _kernels(session: Session) -> str:
-    """The path of our kernels that ran, or "stock"."""
-    return path_name() or "stock" if session.engine.native else "stock"
 
 
 def _drift(gaps: Sequence[float]) -> Measurement:

@@ -29,7 +29,8 @@ class Engine:
     """Feeds tokens and gives logits. Not safe for use by several threads at once.
 
     `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold; `run_seconds`
-    adds up the time spent inside onnxruntime; `native` says whether our kernels run.
+    adds up the time spent inside onnxruntime; `native` says whether our kernels run, and `kernels`
+    which path of them, or "stock".
     """
 
     def __init__(self, model: Path, spec: DecoderSpec, *, context: int, threads: int) -> None:
@@ -43,9 +44,9 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised as well
-        self.native = spec.operators == "edgekit" and library.register(
-            options, decode_threads=threads, prefill_threads=threads
-        )
+        wanted = spec.operators == "edgekit"
+        self.native = wanted and library.register(options, decode_threads=threads, prefill_threads=threads)
+        self.kernels = library.path_name() or "stock" if self.native else "stock"
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()

@@ -116,8 +116,8 @@ inline void finish(const Epilogue& end, Floats value, float* y, int64_t at, int6
   float lanes[kLanes];
   store(lanes, value);
   for (int64_t i = 0; i < count; ++i) {
-    if (end.bias && !end.gated) lanes[i] += end.bias[column + i];
-    if (end.residual) lanes[i] += end.residual[at + i];
+    if (end.bias && !end.gated) lanes[i] += read(end.bias + column + i);
+    if (end.residual) lanes[i] += read(end.residual + at + i);
     y[at + i] = lanes[i];
   }
 }
@@ -227,7 +227,7 @@ void quantize(const float* x, int64_t columns, const float* norm, float epsilon,
           top = max(top, magnitude(v));
         } else {
           for (int j = i; j < i + kLanes; ++j) {
-            values[j] = j < count ? in[from + j] * (norm ? gain * norm[from + j] : 1.0f) : 0.0f;
+            values[j] = j < count ? in[from + j] * (norm ? gain * read(norm + from + j) : 1.0f) : 0.0f;
           }
           top = max(top, magnitude(load(values + i)));
         }

@@ -76,7 +76,7 @@ void read_weights(const Info& info, size_t first, int64_t tiles, Matrix& w) {
     w.offset = Offset::kSymmetric;
   }
   const int zero = zeros.count() == 1 ? *zeros.as<uint8_t>() : -1;
-  if (w.offset != Offset::kMinimum && (minima.count() != 1 || *minima.as<uint16_t>() != 0)) {
+  if (w.offset != Offset::kMinimum && (minima.count() != 1 || read(minima.as<uint16_t>()) != 0)) {
     fail("minima must be %lld numbers or a single zero: got %lld", (long long)entries, (long long)minima.count());
   }
   if (w.offset == Offset::kMinimum ? zero != 0 : w.offset == Offset::kSymmetric && zero != 1 << (w.bits - 1)) {
@@ -107,7 +107,7 @@ class Linear {
       const Tensor bias = info.constant(kWeights + 4, "bias", ort::kFloat);
       if (bias.count() == w_.rows) {
         bias_ = bias.as<float>();
-      } else if (bias.count() != 1 || *bias.as<float>() != 0.0f) {
+      } else if (bias.count() != 1 || read(bias.as<float>()) != 0.0f) {
         fail("bias must be %lld numbers or a single zero: got %lld", (long long)w_.rows, (long long)bias.count());
       }
     }
@@ -125,7 +125,7 @@ class Linear {
       const Tensor added = context.input(kWeights + 5, "residual");
       if (added.count() == rows * width_) {
         residual = added.as<float>();
-      } else if (added.count() != 1 || *added.as<float>() != 0.0f) {
+      } else if (added.count() != 1 || read(added.as<float>()) != 0.0f) {
         fail("residual must be %lld numbers or a single zero: got %lld", (long long)(rows * width_),
              (long long)added.count());
       }
@@ -207,13 +207,13 @@ class QuantEmbedding {
     float* y = static_cast<float*>(context.output(0, dims, ids.rank + 1));
     const int64_t count = ids.count();
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t id = ids.as<int64_t>()[i];
+      const int64_t id = read(ids.as<int64_t>() + i);
       if (id < 0 || id >= w_.rows) fail("ids must be from 0 to %lld: got %lld", (long long)(w_.rows - 1), (long long)id);
     }
     const size_t parts = pieces(count, g_prefill_threads, 16);
     context.parallel(parts, [&](size_t p) {
       for (int64_t i = share(count, p, parts); i < share(count, p + 1, parts); ++i) {
-        path().row(w_, ids.as<int64_t>()[i], y + i * w_.columns);
+        path().row(w_, read(ids.as<int64_t>() + i), y + i * w_.columns);
       }
     });
   }
@@ -261,7 +261,7 @@ class Attend {
       }
     }
     if (last.count() != 1) fail("the index of the last token must be one number: got %lld", (long long)last.count());
-    const int64_t total = int64_t{last.as<int32_t>()[0]} + 1, first = total - tokens;
+    const int64_t total = int64_t{read(last.as<int32_t>())} + 1, first = total - tokens;
     if (first < 0 || total > cache) {
       fail("tokens %lld to %lld must lie in the cache of %lld", (long long)first, (long long)total - 1, (long long)cache);
     }
@@ -320,9 +320,10 @@ class Attend {
       gain = 1.0f / std::sqrt(total / static_cast<float>(head_dim_) + epsilon_);
     }
     for (int64_t i = 0; i < half; ++i) {
-      const float a = x[i] * (norm ? gain * norm[i] : 1.0f), b = x[half + i] * (norm ? gain * norm[half + i] : 1.0f);
-      out[i] = a * c[i] - b * s[i];
-      out[half + i] = b * c[i] + a * s[i];
+      const float a = x[i] * (norm ? gain * read(norm + i) : 1.0f);
+      const float b = x[half + i] * (norm ? gain * read(norm + half + i) : 1.0f);
+      out[i] = a * read(c + i) - b * read(s + i);
+      out[half + i] = b * read(c + i) + a * read(s + i);
     }
   }
 

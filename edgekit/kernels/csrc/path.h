@@ -9,6 +9,14 @@ namespace edgekit {
 constexpr int kLanes = 16;   // rows of a tile: one lane each
 constexpr int kPlane = 254;  // so that the low plane lies in -127..127 too
 
+// A number of a model, whose file need not align it.
+template <class T>
+[[gnu::always_inline]] inline T read(const T* p) {
+  T x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
 enum class Offset { kSymmetric, kZeroPoint, kMinimum };
 
 // A quantised matrix in tiles of 16 rows; the last tile is padded with rows of zeros.

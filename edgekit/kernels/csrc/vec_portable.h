@@ -32,9 +32,8 @@ inline To bits_as(From from) {
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
-template <class T>
-inline T read(const void* p) {
-  T x;
+inline Float4 float4(const float* p) {
+  Float4 x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
@@ -44,7 +43,7 @@ inline Floats all(float x) {
   return {{four, four, four, four}};
 }
 inline Floats zeros() { return all(0.0f); }
-inline Floats load(const float* p) { return {{read<Float4>(p), read<Float4>(p + 4), read<Float4>(p + 8), read<Float4>(p + 12)}}; }
+inline Floats load(const float* p) { return {{float4(p), float4(p + 4), float4(p + 8), float4(p + 12)}}; }
 inline void store(float* p, Floats x) { std::memcpy(p, x.v, sizeof x.v); }
 
 // Subnormal halves become normal floats by subtracting the exponent that they were given too much.
@@ -66,7 +65,7 @@ inline uint16_t float_to_half(float value) {
 }
 inline Floats load_half(const uint16_t* p) {
   float lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = half_to_float(p[i]);
+  for (int i = 0; i < 16; ++i) lanes[i] = half_to_float(read(p + i));
   return load(lanes);
 }
 inline void store_half(uint16_t* p, Floats x) {
@@ -154,10 +153,14 @@ inline int32_t store_codes(int8_t* p, Floats x) {
   return total;
 }
 
-inline Short8 short8(Byte8 bytes) { return __builtin_convertvector(bytes, Short8); }
+inline Short8 short8(const uint8_t* p) {
+  Byte8 bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Short8);
+}
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes y;
-  for (int i = 0; i < 8; ++i) y.v[i] = short8(read<Byte8>(p + 8 * i));
+  for (int i = 0; i < 8; ++i) y.v[i] = short8(p + 8 * i);
   return y;
 }
 inline Bytes low_halves(Bytes b) {
