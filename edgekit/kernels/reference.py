@@ -127,9 +127,11 @@ def attention(
 
     qkv: (1, T, (num_heads + 2 kv_num_heads) head_dim), the heads of q, then k, then v. past_*: (1, kv_num_heads, S,
     head_dim). cos, sin: (places, head_dim / 2), a row for each position. local_window_size: a token sees that many, the
-    last of which is itself; -1: all before it. Returns y (1, T, num_heads * head_dim), present_key and present_value,
-    which are the past with rotated keys and values of the T tokens written in, rounded to float16; places past `last` are
-    not read, and what they hold afterwards is undefined.
+    last of which is itself; -1: all before it.
+
+    Returns y (1, T, num_heads * head_dim), present_key and present_value, which are the past with rotated keys and
+    values of the T tokens written in, rounded to float16. Places past `last` are not read, and what they hold
+    afterwards is undefined.
     """
     heads = _heads(qkv, head_dim)
     q, k, v = np.split(heads, [num_heads, num_heads + kv_num_heads])
