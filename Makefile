@@ -44,15 +44,18 @@ bench: $(VENV)/.bench ## measure us and the peers in one run
 	$(BIN)/python benchmarks/quant.py
 
 SANITIZE = cmake -S . -B build/$(1) -DEDGEKIT_DRIVER=ON -DEDGEKIT_STRICT=ON -DEDGEKIT_SANITIZE=$(2) && \
-	cmake --build build/$(1) --target driver --parallel 2
+	cmake --build build/$(1) --parallel 2
+PRELOAD = LD_PRELOAD="`c++ -print-file-name=libasan.so` `c++ -print-file-name=libubsan.so`" ASAN_OPTIONS=detect_leaks=0
 
-kernels-asan: ## run the kernels under the address, undefined and thread sanitizers
+kernels-asan: $(VENV)/.dev ## run the kernels under the address, undefined and thread sanitizers (GCC)
 	$(call SANITIZE,kernels-asan,address$(comma)undefined)
 	build/kernels-asan/driver full
-	$(call SANITIZE,kernels-tsan,thread)
-	build/kernels-tsan/driver threads
 	@# A weak function of one path could end up in all: the linker keeps one copy.
 	@! nm `find build/kernels-asan -name 'path_*.o'` | grep ' W '
+	$(PRELOAD) EDGEKIT_KERNELS=build/kernels-asan/_edgekit_kernels.so $(BIN)/python -m pytest \
+		tests/test_kernels.py tests/test_kernel_errors.py tests/test_library.py
+	$(call SANITIZE,kernels-tsan,thread)
+	build/kernels-tsan/driver threads
 
 kernels-arm: $(VENV)/.cross ## compile the kernels for Arm and run each path on emulated processors
 	$(BIN)/python tests/native/arm.py build/kernels-arm

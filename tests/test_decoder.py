@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from test_reference import AGAINST_TRANSFORMERS, IDS, reshaped_layer, rounded, tiny_checkpoint
+from test_reference import AGAINST_TRANSFORMERS, IDS, Arrays, reshaped_layer, rounded, tiny_checkpoint
 
 from edgekit.bundle import MODEL, WEIGHTS, DecoderSpec, LayerCache
 from edgekit.checkpoint import Checkpoint
@@ -242,3 +243,14 @@ def test_heads_that_onnxruntime_cannot_turn(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"head_dim must be a multiple of 16.* is 8"):
         build_decoder(tiny_checkpoint(head_dim=8), tmp_path, context=64, integer_bits=())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.router.weight", "model.layers.7.mlp.up_proj.weight", "visual.proj"]
+)
+def test_a_weight_without_a_place_is_refused(name: str) -> None:
+    checkpoint = tiny_checkpoint()
+    assert isinstance(checkpoint.tensors, Arrays)
+    values = {**checkpoint.tensors.values, name: np.zeros((64, 64), np.float32)}
+    with pytest.raises(ModelError, match="every weight must have a place in the graph"):
+        layer_caches(replace(checkpoint, tensors=Arrays(values)))

@@ -56,7 +56,7 @@ def test_off_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_install_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("EDGEKIT_KERNELS", raising=False)
-    monkeypatch.setattr(library.kernels, "__path__", [str(tmp_path)])
+    monkeypatch.setattr("edgekit.kernels.__path__", [str(tmp_path)])
     assert library.library_path() is None
     assert not register()
     assert "found no C++ compiler" in library.status()
@@ -65,7 +65,7 @@ def test_an_install_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, 
 def test_the_library_may_lie_apart_from_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("EDGEKIT_KERNELS", raising=False)
     (tmp_path / library.NAME).touch()
-    monkeypatch.setattr(library.kernels, "__path__", [str(tmp_path / "sources"), str(tmp_path)])
+    monkeypatch.setattr("edgekit.kernels.__path__", [str(tmp_path / "sources"), str(tmp_path)])
     assert library.library_path() == tmp_path / library.NAME
 
 

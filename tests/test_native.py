@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_decoder import tiny_checkpoint
-from test_export import rounded
+from test_reference import rounded, tiny_checkpoint
 
 from edgekit.bundle import Bundle
 from edgekit.checkpoint import Checkpoint, open_checkpoint

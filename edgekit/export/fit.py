@@ -6,6 +6,9 @@ from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 
+_MATRICES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+_LEAVES = [*_MATRICES, *(f"{module}.bias" for module in _MATRICES), *(f"{norm}.weight" for norm in _NORMS)]
 HEAD_STEP = 16  # channels: onnxruntime turns heads of a multiple of them
 
 
@@ -20,7 +23,9 @@ def layer_caches(checkpoint: Checkpoint) -> tuple[LayerCache, ...]:
     for module in ("model.embed_tokens",) if config.tied else ("model.embed_tokens", "lm_head"):
         _expect(module, checkpoint.shape(module), (config.vocabulary, config.hidden_size))
     _expect_norms(checkpoint, ["model.norm"], config.hidden_size)
-    return tuple(_layer_cache(checkpoint, f"model.layers.{index}") for index in range(config.layers))
+    caches = tuple(_layer_cache(checkpoint, f"model.layers.{index}") for index in range(config.layers))
+    _expect_nothing_else(checkpoint)
+    return caches
 
 
 def _layer_cache(checkpoint: Checkpoint, layer: str) -> LayerCache:
@@ -48,6 +53,21 @@ def _layer_cache(checkpoint: Checkpoint, layer: str) -> LayerCache:
     heads = [f"{layer}.self_attn.{name}_norm" for name in "qk"]
     _expect_norms(checkpoint, [name for name in heads if checkpoint.has(name)], width)
     return LayerCache(kv_heads=keys // width, head_dim=width)
+
+
+def _expect_nothing_else(checkpoint: Checkpoint) -> None:
+    """A weight that the graph would not read means that the model computes something else."""
+    known = {"model.embed_tokens", "model.norm.weight", *(() if checkpoint.decoder.tied else ("lm_head",))}
+    for index in range(checkpoint.decoder.layers):
+        known |= {f"model.layers.{index}.{leaf}" for leaf in _LEAVES}
+    for matrices, vectors in checkpoint.blocks.values():
+        for name in (*matrices, *vectors):
+            tied_head = name == "lm_head" and checkpoint.decoder.tied  # some files hold the table twice
+            if name not in known and not tied_head and not name.endswith(".rotary_emb.inv_freq"):
+                raise ModelError(
+                    f"every weight must have a place in the graph: {name} has none in {checkpoint.decoder.architecture}"
+                    f" with {checkpoint.decoder.layers} layers"
+                )
 
 
 def _expect_norms(checkpoint: Checkpoint, modules: list[str], size: int) -> None:

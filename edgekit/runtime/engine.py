@@ -8,6 +8,7 @@ sequence grows and is never copied.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import time
@@ -51,6 +52,7 @@ class Engine:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
             self._bind_cache()
+            _return_memory()
         except MemoryError as problem:
             raise DeviceError(f"the cache of {context} tokens could not be had; use a smaller --context") from problem
         except Exception as problem:  # onnxruntime raises classes of its own, with no common base
@@ -137,6 +139,12 @@ def _lazy_zeros(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
         with contextlib.suppress(OSError):  # a kernel built without huge pages
             pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, kind).reshape(shape)
+
+
+def _return_memory() -> None:
+    """Give back what loading has freed: without the kernels it folds constants of many times the model's size."""
+    with contextlib.suppress(AttributeError):  # only the GNU C library has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_line(problem: Exception) -> str:
