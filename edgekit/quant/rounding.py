@@ -28,24 +28,28 @@ Embedding = Literal["int4", "int8", "keep"]
 
 
 @dataclass(frozen=True)
-class Int8:
-    """Eight bits a weight.
+class _Rounding:
+    """What both steps share.
 
     block: columns that share a scale. symmetric: no zero points. embedding: what becomes of the token table and the
     head; int8 is symmetric there, int4 as `symmetric` says, keep leaves them float. skip: patterns of module paths to
     leave alone, such as `*.down_proj` or `model.layers.0.*`.
     """
 
-    name: ClassVar[str] = "quant.int8"
+    name: ClassVar[str]
+    bits: ClassVar[Bits]
     needs: ClassVar[Needs] = "weights"
-    bits: ClassVar[Bits] = 8
     block: BlockSize = 32
     symmetric: bool = True
     embedding: Embedding = "int8"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        Grid(self.bits, self.block, self.symmetric)
+        if self.embedding not in get_args(Embedding):
+            raise UserError(f"embedding must be one of {', '.join(get_args(Embedding))}: got {self.embedding!r}")
+        if not isinstance(self.skip, tuple):
+            raise UserError(f"skip must be a list of patterns: got {self.skip!r}")
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
         return _check_patterns(self, checkpoint)
@@ -58,39 +62,23 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Int4:
-    """Four bits a weight, and eight for the token table and the head unless told otherwise. Options as in `Int8`."""
+class Int8(_Rounding):
+    """Eight bits a weight. Options: `_Rounding`."""
+
+    name: ClassVar[str] = "quant.int8"
+    bits: ClassVar[Bits] = 8
+
+
+@dataclass(frozen=True)
+class Int4(_Rounding):
+    """Four bits a weight, and eight for the token table and the head unless told otherwise. Options: `_Rounding`."""
 
     name: ClassVar[str] = "quant.int4"
-    needs: ClassVar[Needs] = "weights"
     bits: ClassVar[Bits] = 4
-    block: BlockSize = 32
     symmetric: bool = False
-    embedding: Embedding = "int8"
-    skip: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_options(self)
-
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        return _check_patterns(self, checkpoint)
-
-    def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
-        return _apply(self, block)
-
-    def predict(self, outline: Outline, context: StepContext) -> Prediction:
-        return _predict(self, outline)
 
 
-def _check_options(step: Int4 | Int8) -> None:
-    Grid(step.bits, step.block, step.symmetric)
-    if step.embedding not in get_args(Embedding):
-        raise UserError(f"embedding must be one of {', '.join(get_args(Embedding))}: got {step.embedding!r}")
-    if not isinstance(step.skip, tuple):
-        raise UserError(f"skip must be a list of patterns: got {step.skip!r}")
-
-
-def _check_patterns(step: Int4 | Int8, checkpoint: Checkpoint) -> Checkpoint:
+def _check_patterns(step: _Rounding, checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint`, when each pattern of `skip` matches something; one that does not is a slip of the pen."""
     modules = [module for matrices, _ in checkpoint.blocks.values() for module in matrices]
     for pattern in step.skip:
@@ -102,7 +90,7 @@ def _check_patterns(step: Int4 | Int8, checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _grid_for(step: Int4 | Int8, module: str, shape: tuple[int, int], *, dense: bool) -> Grid | Skip:
+def _grid_for(step: _Rounding, module: str, shape: tuple[int, int], *, dense: bool) -> Grid | Skip:
     """The grid for one matrix, or why it stays as it is."""
     grid = Grid(step.bits, step.block, step.symmetric)
     for pattern in step.skip:
@@ -119,7 +107,7 @@ def _grid_for(step: Int4 | Int8, module: str, shape: tuple[int, int], *, dense: 
     return grid
 
 
-def _apply(step: Int4 | Int8, block: Block) -> tuple[Block, Changes]:
+def _apply(step: _Rounding, block: Block) -> tuple[Block, Changes]:
     matrices: dict[str, Weight] = {}
     errors: list[tuple[float, float]] = []
     skipped: list[Skip] = []
@@ -147,7 +135,7 @@ def _facts(errors: list[tuple[float, float]]) -> dict[str, Fact]:
     }
 
 
-def _predict(step: Int4 | Int8, outline: Outline) -> Prediction:
+def _predict(step: _Rounding, outline: Outline) -> Prediction:
     matrices: dict[str, MatrixOutline] = {}
     seconds = 0.0
     for module, matrix in outline.matrices.items():
