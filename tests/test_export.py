@@ -60,7 +60,7 @@ def test_parity_is_recorded_in_manifest_and_report(tmp_path: Path) -> None:
     assert value_of(manifest, "parity: mean KL to the NumPy forward") < 1e-9
     assert value_of(manifest, "parity: top-1 agreement") == 100
     sentence = manifest.measurements[-1]
-    assert (sentence.name, sentence.n) == ("generation: distinct tokens", 16)
+    assert (sentence.name, sentence.n) == ("sample: distinct tokens", 16)
     assert sentence.note
     report = Report.load(tmp_path / "bundle" / "report.json")
     assert report.measurements == manifest.measurements

@@ -124,7 +124,8 @@ def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measur
         logits = engine.forward(ids[-1:])
     text = re.sub(r"\s+", " ", tokenizer.decode(ids[count:]))
     distinct = len(set(ids[count:])) / max(1, len(ids) - count)
-    return Measurement("generation: distinct tokens", distinct * 100, "%", n=len(ids) - count, note=text.strip())
+    note = f'"{PROMPTS[0]}" goes on: {text.strip()}'
+    return Measurement("sample: distinct tokens", distinct * 100, "%", n=len(ids) - count, note=note)
 
 
 def _write_manifest(
