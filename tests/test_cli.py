@@ -60,7 +60,9 @@ def test_the_whole_tour(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     bundle = f"small.{target}"
 
     done = ok("compress", "tiny.gguf", "-o", "small", "-r", "int4")
-    assert re.match(r"small: [\d.]+ kB as float32 -> [\d.]+ kB \([\d.]+x smaller\), recipe int4\n  quant.int4: 15 mat", done.out)
+    assert re.match(
+        r"small: [\d.]+ kB as float32 -> [\d.]+ kB \([\d.]+x smaller\), recipe int4\n  quant.int4: 15 mat", done.out
+    )
     done = ok("export", "small", "-o", bundle, "--target", target)
     assert f"{bundle}: a bundle for {target}\n" in done.out
     assert "parity: top-1 agreement" in done.out

@@ -55,8 +55,8 @@ def test_error_stays_within_the_stated_bound(W: NDArray[np.float32], grid: Grid)
     s = scale_of_each_weight(rounded)
     error = np.abs(W.astype(np.float64) - rounded.dense().astype(np.float64))
     bound = (0.5 + 2**-14) * np.abs(s)
-    if grid.symmetric:
-        short_end = W / np.where(s == 0, 1, s) > 2 ** (grid.bits - 1) - 0.5
+    if grid.symmetric and grid.bits == 4:
+        short_end = W / np.where(s == 0, 1, s) > 7.5
         bound = np.where(short_end, np.abs(s), bound)
     assert (error <= bound).all()
 
@@ -70,7 +70,7 @@ def test_scales_span_their_blocks_and_are_no_larger_than_needed(W: NDArray[np.fl
             block = row[index * grid.block : (index + 1) * grid.block]
             low, high = min(block.min(), 0), max(block.max(), 0)
             span = max(-low, high) if grid.symmetric else high - low
-            steps = 2 ** (grid.bits - 1) if grid.symmetric else 2**grid.bits - 1
+            steps = 2**grid.bits - 1 if not grid.symmetric else 8 if grid.bits == 4 else 127
             below = np.nextafter(np.abs(scale), np.float16(0))
             assert steps * abs(float(scale)) >= span * (1 - 2**-22)
             assert steps * float(below) < span * (1 + 2**-22) or span == 0
@@ -86,7 +86,16 @@ def test_rounding_again_gives_the_same_codes_on_the_symmetric_grid(W: NDArray[np
     np.testing.assert_array_equal(again.scales[normal], once.scales[normal])
 
 
-def test_a_symmetric_block_maps_its_extreme_to_the_lowest_code() -> None:
+def test_what_lies_on_the_grid_of_q8_0_is_kept() -> None:
+    random = np.random.default_rng(0)
+    d = random.uniform(0.001, 0.1, (5, 3, 1)).astype(np.float16).astype(np.float32)
+    codes = random.integers(-127, 128, (5, 3, 32))
+    codes[..., 0] = 127 * random.choice([-1, 1], (5, 3))
+    W = (d * codes).astype(np.float32).reshape(5, 96)
+    np.testing.assert_array_equal(round_to_grid(W, Grid(8, 32, True), where="w").dense(), W)
+
+
+def test_a_symmetric_block_of_4_bits_maps_its_extreme_to_the_lowest_code() -> None:
     W = np.zeros((2, 32), np.float32)
     W[0, :4] = [-4.0, 3.5, 0.5, -0.2]  # scale 0.5: -8, 7, 1, 0
     W[1, :4] = [4.0, -3.5, 4.0, -3.9]  # scale -0.5: -8, 7, -8, and -3.9 lies beyond the short end
@@ -158,7 +167,7 @@ def test_weights_that_are_no_numbers_are_refused(bad: float, symmetric: bool) ->
     ("grid", "fits", "too_large"),
     [
         (Grid(4, 32, True), 65504.0 * 8, 65520.0 * 8),
-        (Grid(8, 32, True), -65504.0 * 128, -65520.0 * 128),
+        (Grid(8, 32, True), -65504.0 * 127, -65520.0 * 127),
         (Grid(4, 32, False), 65504.0 * 15, 65520.0 * 15),
         (Grid(8, 32, False), 65504.0 * 255, 3e38),
     ],

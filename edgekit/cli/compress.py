@@ -65,7 +65,9 @@ def compress(
         return
     record = manifest.steps
     before, after = record[0].before_bytes, record[-1].after_bytes
-    click.echo(f"{target}: {size(before)} as float32 -> {size(after)} ({before / after:.1f}x smaller), recipe {steps.name}")
+    click.echo(
+        f"{target}: {size(before)} as float32 -> {size(after)} ({before / after:.1f}x smaller), recipe {steps.name}"
+    )
     for step in record:
         facts = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in step.facts.items())
         skipped = f", {len(step.skipped)} skipped" if step.skipped else ""

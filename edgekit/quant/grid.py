@@ -4,17 +4,19 @@ Each row is cut into blocks of `block` columns, and a block with smallest weight
 b bits, a float16 scale s and an integer zero point z (see `edgekit.weight` for the storage):
 
     asymmetric   s = up((max(hi, 0) - min(lo, 0)) / (2**b - 1))     z = round(-min(lo, 0) / s)
-    symmetric    s = up(e / -2**(b-1)), e the largest in magnitude            z = 2**(b-1)
+    symmetric    s = up(e / -8) at 4 bits, up(|e| / 127) at 8, e the largest in magnitude     z = 2**(b-1)
     code         q = clip(round(w / s) + z, 0, 2**b - 1)            w is restored as s * (q - z)
 
 up() rounds to float16 away from zero, so a stored scale always spans its block and no weight is cut off for the
-scale's own rounding; codes are taken with the stored scale. A symmetric scale is negative where e is positive: e gets
-code 0, so all 2**b codes are in use. An all-zero block gets scale 0. Padding gets the code z, which restores to zero.
+scale's own rounding; codes are taken with the stored scale. A symmetric scale of 4 bits is negative where e is
+positive: e gets code 0, so all 16 codes are in use. At 8 bits one code more or less hardly matters, but what lies on
+the grid of GGUF's Q8_0, as token tables often do, is kept exactly. An all-zero block gets scale 0. Padding gets the
+code z, which restores to zero.
 
 What then holds, with a = 1/2 + 2**-14 (the second term covers rounding in float32):
 
-    |w - restored| <= a * |s|     for every weight, except that in a symmetric block
-    |w - restored| <= |s|         for weights beyond (2**(b-1) - 1/2) * |s| whose sign is not that of e
+    |w - restored| <= a * |s|     for every weight, except that in a symmetric block of 4 bits
+    |w - restored| <= |s|         for weights beyond 7.5 * |s| whose sign is not that of e
 
 Rounding what was rounded gives the same codes on the symmetric grid, where |s| >= 2**-14 (float16's normal numbers).
 Usual libraries round the scale to nearest, or take codes with the unrounded one; both cut weights off or shift them.
@@ -110,9 +112,11 @@ def _scales(x: Floats, grid: Grid, where: str) -> tuple[NDArray[np.float16], Flo
     if not (np.isfinite(lo).all() and np.isfinite(hi).all()):  # a NaN anywhere in a block is its minimum too
         raise ModelError(f"weights must be finite: {where} has NaN or infinity; the source is damaged, fetch it again")
     if grid.symmetric:
-        half = 1 << (grid.bits - 1)
-        scale = _divided_up(np.where(-lo >= hi, lo, hi), -half, where)
-        return scale, np.full(scale.shape, half, np.float32)
+        if grid.bits == 4:
+            scale = _divided_up(np.where(-lo >= hi, lo, hi), -8, where)
+        else:
+            scale = _divided_up(np.maximum(-lo, hi), 127, where)
+        return scale, np.full(scale.shape, 1 << (grid.bits - 1), np.float32)
     top = (1 << grid.bits) - 1
     lo = np.minimum(lo, 0)
     with np.errstate(over="ignore"):
