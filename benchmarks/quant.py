@@ -41,7 +41,7 @@ def main() -> None:
         bench.value("source, torch", torch, "ppl", n=windows)
         bench.at_most("source: our float32 export against torch, % off", 100 * abs(ours / torch - 1), 0.1)
         found = {}
-        for name in ("int8", "int4", *(str(path) for path in sorted(RECIPES.glob("*.toml")))):
+        for name in ("int8", "int4", "lossless", *(str(path) for path in sorted(RECIPES.glob("*.toml")))):
             found[Path(name).stem] = recipe(bench, Path(folder), name, text, windows)
     bench.at_most("int8: loss of perplexity, %", 100 * (found["int8"] / ours - 1), 0.5)
     bench.at_most("rotated, int8: loss of perplexity, %", 100 * (found["rotated-int8"] / ours - 1), 0.5)
