@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -56,13 +57,31 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with explain_write_errors(target):
-            shutil.rmtree(work, ignore_errors=True)
+            _sweep(target)
             work.mkdir(parents=True)
             yield work
             refuse_existing(target, force=force)  # it may have come meanwhile
             publish(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left of `target`, and an earlier try of this one."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        pid = left.name.removesuffix(".partial").rpartition(".")[2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _runs(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def test_a_new_folder_appears_at_the_end(tmp_path: Path) -> None:
         assert not target.exists()
         assert work.parent == target.parent
     assert listing(tmp_path) == ["out", "out/edgekit.json", "out/sub", "out/sub/data"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    dead, alive = subprocess.Popen(["true"]), os.getppid()
+    dead.wait()
+    left = tmp_path / f".out[1].{dead.pid}.partial"
+    others = [tmp_path / name for name in (f".out[1].{alive}.partial", f".other.{dead.pid}.partial", ".out[1].partial")]
+    for folder in (left, *others):
+        folder.mkdir()
+    with new_folder(tmp_path / "out[1]"):
+        assert not left.exists()
+    assert all(folder.is_dir() for folder in others)
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
