@@ -90,12 +90,15 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._buffer = np.empty(0, np.float32)
 
     def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token's id. Arguments and errors: see `filtered_probabilities`."""
         if self.sampling.temperature == 0:
             return _peak(_penalised(logits, history, self.sampling))
-        ids, weights = _weights(logits, history, self.sampling)
+        if self._buffer.shape != logits.shape:
+            self._buffer = np.empty(logits.shape, np.float32)
+        ids, weights = _weights(logits, history, self.sampling, self._buffer)
         target = self._random.random() * float(weights.sum(dtype=np.float64))
         drawn = _running_sum_index(weights, target, side="right")
         return drawn if ids is None else int(ids[drawn])
@@ -137,9 +140,15 @@ def _peak(scores: NDArray[np.float32]) -> int:
 
 
 def _weights(
-    logits: NDArray[np.float32], history: Sequence[int], sampling: Sampling
+    logits: NDArray[np.float32],
+    history: Sequence[int],
+    sampling: Sampling,
+    buffer: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
-    """The ids that the filters leave, ascending (None: all), and their probabilities relative to the largest one."""
+    """The ids that the filters leave, ascending (None: all), and their probabilities relative to the largest one.
+
+    `buffer`, of the logits' shape, may be overwritten and returned: fresh pages for every token cost more than the exp.
+    """
     scores = _penalised(logits, history, sampling)
     peak = scores[_peak(scores)]
     ids = None
@@ -147,7 +156,7 @@ def _weights(
         ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
         scores = scores[ids]
     with np.errstate(over="ignore"):  # to -inf, whose weight is 0 as it should be
-        weights = scores - peak
+        weights = np.subtract(scores, peak, out=buffer if buffer is not None and buffer.shape == scores.shape else None)
         weights /= np.float32(max(sampling.temperature, _TINY))
         np.exp(weights, out=weights)
     if sampling.top_p < 1:
