@@ -10,7 +10,9 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnxruntime as ort
@@ -87,6 +89,12 @@ def read_memory(data: NDArray[np.uint8]) -> int:
     return int(_load(path).edgekit_read(data.ctypes.data, data.nbytes // 8))
 
 
+def near_peak() -> Callable[..., int] | None:
+    """The C function behind `edgekit.kernels.peak.NearPeak`; None without a library. Raises DeviceError."""
+    path = library_path()
+    return None if path is None else cast(Callable[..., int], _load(path).edgekit_near_peak)
+
+
 def status() -> str:
     """One line for people: which kernels run, or why none do."""
     if os.environ.get("EDGEKIT_KERNELS") == "off":
@@ -110,6 +118,11 @@ def _load(path: Path) -> ctypes.CDLL:
         library.edgekit_set_threads.restype = None
         library.edgekit_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         library.edgekit_read.restype = ctypes.c_uint64
+        library.edgekit_near_peak.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_float),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+        ]
+        library.edgekit_near_peak.restype = ctypes.c_int64
         library.edgekit_path.argtypes = []
         library.edgekit_path.restype = ctypes.c_char_p
         library.edgekit_choose_path.argtypes = [ctypes.c_char_p]

@@ -10,7 +10,7 @@ The filters act in this order, each on what the one before has left:
 5. min-p (Nguyen et al. 2024): the tokens at least min_p times as probable as the most probable one.
 
 The distribution is that of the logits processors in transformers. Of several equal probabilities at the edge of top-p
-there the sort chooses, here the lower ids stay; float32 weights under 1e-38 of the largest are dropped. Only a
+there the sort chooses, here the lower ids stay; weights under 1e-37 of the largest are dropped. Only a
 distribution so flat that its nucleus holds much of the vocabulary is sorted as a whole.
 """
 
@@ -19,14 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import ModelError, UserError
-
-_TINY = float(np.finfo(np.float32).tiny)
+from edgekit.kernels.peak import LOWEST, NearPeak
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,14 @@ def filtered_probabilities(
     Raises: ModelError for a logit that is NaN or +inf, when all are -inf, and for a history that is not of this
     vocabulary.
     """
+    scores = _penalised(logits, history, sampling)
+    peak = _peak(scores)
     if sampling.temperature == 0:
-        return np.array([_peak(_penalised(logits, history, sampling))]), np.ones(1)
-    ids, weights = _weights(logits, history, sampling)
-    probabilities = weights.astype(np.float64)
-    return np.arange(weights.size) if ids is None else ids, probabilities / probabilities.sum()
+        return np.array([peak]), np.ones(1)
+    ids, weights, _ = _kept(scores, scores[peak], sampling, NearPeak())
+    ascending = np.argsort(ids)
+    probabilities = weights[ascending].astype(np.float64)
+    return ids[ascending].astype(np.int64), probabilities / probabilities.sum()
 
 
 class Sampler:
@@ -90,18 +92,17 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
-        self._buffer = np.empty(0, np.float32)
+        self._near = NearPeak()
 
     def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token's id. Arguments and errors: see `filtered_probabilities`."""
+        scores = _penalised(logits, history, self.sampling)
+        peak = _peak(scores)
         if self.sampling.temperature == 0:
-            return _peak(_penalised(logits, history, self.sampling))
-        if self._buffer.shape != logits.shape:
-            self._buffer = np.empty(logits.shape, np.float32)
-        ids, weights = _weights(logits, history, self.sampling, self._buffer)
-        target = self._random.random() * float(weights.sum(dtype=np.float64))
-        drawn = _running_sum_index(weights, target, side="right")
-        return drawn if ids is None else int(ids[drawn])
+            return peak
+        ids, _, sums = _kept(scores, scores[peak], self.sampling, self._near)
+        drawn = int(sums.searchsorted(self._random.random() * float(sums[-1]), side="right"))
+        return int(ids[min(drawn, ids.size - 1)])
 
     def choose(self, logits: NDArray[np.float32], history: Sequence[int]) -> Choice:
         """The next token with its log-probability; costs one pass of `exp` over the vocabulary more than a call."""
@@ -139,66 +140,37 @@ def _peak(scores: NDArray[np.float32]) -> int:
     raise ModelError(f"logits must be finite: got {scores[peak]} for token {peak} of {scores.size}")
 
 
-def _weights(
-    logits: NDArray[np.float32],
-    history: Sequence[int],
-    sampling: Sampling,
-    buffer: NDArray[np.float32] | None = None,
-) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
-    """The ids that the filters leave, ascending (None: all), and their probabilities relative to the largest one.
+def _kept(
+    scores: NDArray[np.float32], peak: np.float32, sampling: Sampling, near: NearPeak
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]:
+    """The ids that the filters leave, their probabilities relative to the largest one, and the running sums of those.
 
-    `buffer`, of the logits' shape, may be overwritten and returned: fresh pages for every token cost more than the exp.
+    In order of falling probability every filter keeps a beginning. All that it needs mostly lies near the peak, so
+    floors are tried downwards until enough lies above: a few dozen tokens of a language model are sorted, and all of
+    a flat distribution.
     """
-    scores = _penalised(logits, history, sampling)
-    peak = scores[_peak(scores)]
-    ids = None
-    if 0 < sampling.top_k < scores.size:
-        ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
-        scores = scores[ids]
-    with np.errstate(over="ignore"):  # to -inf, whose weight is 0 as it should be
-        weights = np.subtract(scores, peak, out=buffer if buffer is not None and buffer.shape == scores.shape else None)
-        weights /= np.float32(max(sampling.temperature, _TINY))
-        np.exp(weights, out=weights)
-    if sampling.top_p < 1:
-        kept = _nucleus(weights, sampling.top_p)
-        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
-    floor = max(sampling.min_p, _TINY)
-    if weights.min() < floor:
-        kept = np.flatnonzero(weights >= floor)
-        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
-    return ids, weights
-
-
-def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
-    """Where the fewest of the largest weights lie whose sum reaches `top_p` of all, ascending.
-
-    The nucleus lies above each floor that leaves enough weight above it, so floors are tried downwards until one does,
-    and only what lies above that one is sorted: a few dozen tokens of a language model, all of a flat distribution.
-    """
-    needed = top_p * float(weights.sum(dtype=np.float64))
-    for floor in (2.0**-4, 2.0**-10, 2.0**-16, 0.0):
-        above = np.flatnonzero(weights >= floor)
-        candidates = weights[above]
-        if float(candidates.sum(dtype=np.float64)) >= needed:
-            break
-    descending = np.sort(candidates)[::-1]
-    count = 1 + _running_sum_index(descending, needed, side="left")
-    kept: NDArray[np.int64] = above[candidates >= descending[count - 1]]
-    if kept.size > count:
-        ties = np.flatnonzero(weights[kept] == descending[count - 1])
-        return np.delete(kept, ties[count - kept.size :])
-    return kept
-
-
-def _running_sum_index(weights: NDArray[np.float32], target: float, *, side: Literal["left", "right"]) -> int:
-    """The first index at which the running sum reaches `target` (left) or passes it (right); the last one if none does.
-
-    In two steps, first to a block and then inside it: a running sum over a vocabulary costs more than its `exp`.
-    """
-    starts = np.arange(0, weights.size, 256)
-    sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
-    block = min(int(np.searchsorted(sums, target, side=side)), starts.size - 1)
-    inside = np.cumsum(weights[starts[block] : starts[block] + 256], dtype=np.float64)
-    rest = target - (sums[block - 1] if block else 0.0)
-    # The two sums round differently: what lies past the last weight of a block belongs to that weight.
-    return int(starts[block]) + min(int(np.searchsorted(inside, rest, side=side)), inside.size - 1)
+    if sampling.top_k == 0 and sampling.top_p == 1:  # nothing must be sorted
+        ids, weights, _ = near(scores, peak, sampling.temperature, floor=max(sampling.min_p, LOWEST))
+        return ids, weights, weights.cumsum(dtype=np.float64)
+    for floor in (2.0**-10, 2.0**-20, LOWEST):
+        ids, weights, total = near(scores, peak, sampling.temperature, floor=floor)
+        order = (-weights).argsort(kind="stable")
+        weights = weights[order]
+        sums = weights.cumsum(dtype=np.float64)
+        count = weights.size
+        if 0 < sampling.top_k <= count:
+            count = int((-weights).searchsorted(-weights[sampling.top_k - 1], side="right"))
+            total = float(sums[count - 1])
+        elif sampling.top_k > 0 and floor != LOWEST:
+            continue
+        if sampling.top_p < 1:
+            needed = sampling.top_p * total
+            if sums[count - 1] < needed and floor != LOWEST:
+                continue
+            count = min(count, int(sums.searchsorted(needed)) + 1)
+        if sampling.min_p > floor:
+            count = min(count, int((-weights).searchsorted(-np.float32(sampling.min_p), side="right")))
+        elif sampling.min_p > 0 and floor != LOWEST and count == weights.size:
+            continue
+        break
+    return ids[order[:count]], weights[:count], sums[:count]

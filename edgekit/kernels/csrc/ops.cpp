@@ -467,6 +467,12 @@ __attribute__((visibility("default"))) uint64_t edgekit_read(const uint64_t* wor
   return total;
 }
 
+__attribute__((visibility("default"))) int64_t edgekit_near_peak(const float* x, int64_t count, float peak, float factor,
+                                                                 float floor, int32_t* indices, float* weights,
+                                                                 double* total) {
+  return edgekit::path().near_peak(x, count, peak, factor, floor, indices, weights, total);
+}
+
 __attribute__((visibility("default"))) const char* edgekit_path() { return edgekit::path().name; }
 
 __attribute__((visibility("default"))) int edgekit_choose_path(const char* name) { return edgekit::choose_path(name); }

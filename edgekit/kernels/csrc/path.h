@@ -112,6 +112,9 @@ struct Path {
   void (*to_half)(const float* x, uint16_t* out, int64_t count);
   void (*attend)(const AttentionTask& task);
   void (*decode)(const DecodeTask& task);
+  // See peak.inl.
+  int64_t (*near_peak)(const float* x, int64_t count, float peak, float factor, float floor, int32_t* indices,
+                       float* weights, double* total);
 };
 
 const Path& path();                       // the one in use

@@ -10,9 +10,10 @@
 #include "vec_avx2.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"avx2vnni", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+constexpr Path kPath{"avx2vnni", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
 extern const Path* const kAvx2Vnni = &kPath;
 }  // namespace edgekit
 

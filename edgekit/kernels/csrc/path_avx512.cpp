@@ -10,9 +10,10 @@
 #include "vec_avx512.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"avx512", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+constexpr Path kPath{"avx512", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
 extern const Path* const kAvx512 = &kPath;
 }  // namespace edgekit
 

@@ -10,9 +10,10 @@
 #include "vec_neon.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"neon_i8mm", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+constexpr Path kPath{"neon_i8mm", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
 extern const Path* const kNeonI8mm = &kPath;
 }  // namespace edgekit
 

@@ -7,8 +7,9 @@
 #include "vec_portable.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"portable", quantize, multiply, matrix_row, floats_to_half, attend, decode};
+constexpr Path kPath{"portable", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
 extern const Path* const kPortable = &kPath;
 }  // namespace edgekit
