@@ -42,6 +42,7 @@ base-size: $(VENV)/.convert ## fail when the base install downloads 60 MB or mor
 bench: $(VENV)/.bench ## measure us and the peers in one run
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/quant.py
+	$(BIN)/python benchmarks/profiler.py
 
 SANITIZE = cmake -S . -B build/$(1) -DEDGEKIT_DRIVER=ON -DEDGEKIT_STRICT=ON -DEDGEKIT_SANITIZE=$(2) && \
 	cmake --build build/$(1) --parallel 2
@@ -53,7 +54,7 @@ kernels-asan: $(VENV)/.dev ## run the kernels under the address, undefined and t
 	@# A weak function of one path could end up in all: the linker keeps one copy.
 	@! nm `find build/kernels-asan -name 'path_*.o'` | grep ' W '
 	$(PRELOAD) EDGEKIT_KERNELS=build/kernels-asan/_edgekit_kernels.so $(BIN)/python -m pytest \
-		tests/test_kernels.py tests/test_kernel_errors.py tests/test_library.py
+		tests/test_kernels.py tests/test_kernel_errors.py tests/test_library.py tests/test_sparse.py tests/test_peak.py
 	$(call SANITIZE,kernels-tsan,thread)
 	build/kernels-tsan/driver threads
 

@@ -70,6 +70,8 @@ class Genai:
 class LlamaCpp:
     """llama.cpp through its C functions: flash attention off and on were equal here; its default is taken."""
 
+    CONTEXT = 1024
+
     def __init__(self, path: str) -> None:
         import llama_cpp
 
@@ -78,7 +80,10 @@ class LlamaCpp:
         llama_cpp.llama_log_set(SILENT, None)
         model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 1024, 512, 512
+        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = self.CONTEXT, 512, 512
+        if self.CONTEXT > 8192:  # longer than the model was trained for
+            parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            parameters.rope_freq_scale = 1 / 8
         parameters.n_threads = parameters.n_threads_batch = THREADS
         self.context = llama_cpp.llama_init_from_model(model, parameters)
         self.memory = llama_cpp.llama_get_memory(self.context)
@@ -98,7 +103,55 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, (VOCABULARY,)).argmax())
 
 
-KINDS = {"edgekit": Edgekit, "onnxruntime-genai": Genai, "llama.cpp": LlamaCpp}
+class EdgekitLong(Edgekit):
+    """A bundle with a long context. `fill` reads up to 8,192 tokens, and repeats what they left in the cache."""
+
+    READ = 8192
+
+    def __init__(self, path: str) -> None:
+        from edgekit.runtime.session import Session
+
+        self.engine = Session.open(path, threads=THREADS).engine
+
+    def fill(self, tokens: int) -> None:
+        ids = prompt(min(tokens, self.READ), 0)
+        if len(self.engine.tokens) > len(ids) or self.engine.tokens != ids[: len(self.engine.tokens)]:
+            self.engine.rewind(0)
+        self.engine.forward(ids[len(self.engine.tokens) :] or ids[-1:])
+        for copy in range(1, tokens // self.READ):
+            for buffer, _ in self.engine._cache.values():
+                size = buffer.shape[2] * self.READ // -(-self.engine.context // 256) // 256
+                buffer[:, :, copy * size : (copy + 1) * size] = buffer[:, :, :size]
+            self.engine.tokens.extend(ids)
+        self.filled = tokens
+
+    def forget(self) -> None:
+        self.engine.rewind(self.filled)
+
+
+class LlamaCppLong(LlamaCpp):
+    """llama.cpp with a long context, flash attention, and its own linear rope scaling."""
+
+    CONTEXT = 32768 + 512
+
+    def fill(self, tokens: int) -> None:
+        self.c.llama_memory_clear(self.memory, True)
+        ids = prompt(tokens, 0)
+        for start in range(0, tokens, 512):
+            self._decode(ids[start : start + 512])
+        self.filled = tokens
+
+    def forget(self) -> None:
+        self.c.llama_memory_seq_rm(self.memory, 0, self.filled, -1)
+
+
+KINDS = {
+    "edgekit-long": EdgekitLong,
+    "llama.cpp-long": LlamaCppLong,
+    "edgekit": Edgekit,
+    "onnxruntime-genai": Genai,
+    "llama.cpp": LlamaCpp,
+}
 SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, user: None)
 
 
@@ -116,6 +169,14 @@ class Worker:
 
     def decode(self, tokens: int, seed: int) -> float:
         return self._ask("decode", tokens, seed)
+
+    def fill(self, tokens: int) -> None:
+        """Bring a long contestant's context to `tokens` tokens."""
+        self._ask("fill", tokens, 0)
+
+    def steps(self, tokens: int) -> float:
+        """Tokens a second of decoding `tokens` more, which are forgotten again."""
+        return self._ask("steps", tokens, 0)
 
     def close(self) -> None:
         self.process.communicate()
@@ -144,9 +205,9 @@ def private_mb() -> float:
 
 def serve(kind: str, path: str) -> None:
     make = KINDS[kind]
-    if kind == "edgekit":
+    if kind.startswith("edgekit"):
         import edgekit.runtime.session  # noqa: F401  imports are not what is timed
-    elif kind == "llama.cpp":
+    elif kind.startswith("llama.cpp"):
         import llama_cpp  # noqa: F401
     else:
         import onnxruntime_genai  # noqa: F401
@@ -165,6 +226,17 @@ def _answer(contestant: Contestant, request: str, numbers: list[int], facts: dic
     if request in facts:
         return facts[request]
     tokens, seed = numbers
+    if isinstance(contestant, EdgekitLong | LlamaCppLong) and request in ("fill", "steps"):
+        clock = time.perf_counter()
+        if request == "fill":
+            contestant.fill(tokens)
+        else:
+            token = 0
+            for _ in range(tokens):
+                token = contestant.step(token)
+        rate = tokens / (time.perf_counter() - clock)
+        contestant.forget()
+        return rate
     ids = prompt(tokens if request == "prefill" else 1, seed)
     clock = time.perf_counter()
     token = contestant.prefill(ids)

@@ -1,7 +1,7 @@
 """The bundle: a folder that runs with the light install.
 
 model.onnx + model.onnx.data    the graph and its weights, which are memory-mapped
-runtime.json                    what the runtime must know of the model: `DecoderSpec`
+runtime.json                    what the runtime must know of the model: `DecoderSpec`, or `EncoderSpec`
 tokenizer.json, chat_template.jinja, ...
 report.json                     what was measured at export
 recipe.toml                     how it was compressed
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +27,33 @@ from edgekit.schema import parse
 SPEC = "runtime.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
+PAGE = 16  # positions that share a mean value in a sparse cache
+BLOCK = 256  # positions whose codes stand together there
+
+
+def code_width(head_dim: int) -> int:
+    """Channels of a position's code: the power of two, 32 or more, that `head_dim` is padded to."""
+    return max(32, 1 << (head_dim - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The cache of one layer: keys and values of `kv_heads` heads of `head_dim` channels each."""
+    """The cache of one layer: keys and values of `kv_heads` heads of `head_dim` channels each.
+
+    A `sparse` layer also keeps 2-bit codes of the keys and mean values of pages (`edgekit.kernels.sparse`).
+    """
 
     kv_heads: int
     head_dim: int
+    sparse: bool = False
+
+    def code_shape(self, tokens: int) -> tuple[int, ...]:
+        """The shape of a sparse layer's codes of `tokens` positions: whole blocks, two bits a channel."""
+        return 1, self.kv_heads, -(-tokens // BLOCK) * BLOCK * code_width(self.head_dim) // 4
+
+    def mean_shape(self, tokens: int) -> tuple[int, ...]:
+        """The shape of a sparse layer's mean values of `tokens` positions: one a page, whole blocks."""
+        return 1, self.kv_heads, -(-tokens // BLOCK) * BLOCK // PAGE, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,8 @@ class DecoderSpec:
 
     `resident_bytes` is what the weights take in memory once they are loaded, `activation_bytes` what one token's
     activations take. `operators` says whose the graph's are: with "edgekit" the kernel library is registered where
-    there is one, and the cache is float16; "stock" graphs keep it in float32.
+    there is one, and the cache is float16; "stock" graphs keep it in float32. `budget` is how many positions a token
+    attends to exactly in sparse layers, unless the session asks for another number.
     """
 
     architecture: str
@@ -54,8 +75,13 @@ class DecoderSpec:
     resident_bytes: int
     activation_bytes: int
     operators: Literal["stock", "edgekit"] = "stock"
+    budget: int | None = None
 
     def __post_init__(self) -> None:
+        if self.sparse != (self.budget is not None) or (self.budget is not None and self.budget < 1):
+            raise ModelError(
+                f"a budget of at least 1 must come with sparse layers, and with them alone: got {self.budget}"
+            )
         sizes = {"vocabulary": self.vocabulary, "context_length": self.context_length, "layers": len(self.layers)}
         for index, layer in enumerate(self.layers):
             sizes |= {f"layers[{index}].kv_heads": layer.kv_heads, f"layers[{index}].head_dim": layer.head_dim}
@@ -70,10 +96,51 @@ class DecoderSpec:
         """The element type of keys and values."""
         return np.dtype(np.float16 if self.operators == "edgekit" else np.float32)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether there are sparse layers."""
+        return any(layer.sparse for layer in self.layers)
+
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that keys and values of `tokens` tokens take."""
+        """Bytes that the cache of `tokens` tokens takes: keys, values, and what sparse layers keep beside them."""
         numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
-        return numbers * self.cache_type.itemsize * tokens
+        beside = sum(
+            math.prod(layer.code_shape(tokens)) + 2 * math.prod(layer.mean_shape(tokens))
+            for layer in self.layers
+            if layer.sparse
+        )
+        return numbers * self.cache_type.itemsize * tokens + beside
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What the runtime must know of an encoder graph: texts of up to `max_length` tokens become `dim` numbers each.
+
+    `pooling` and `normalize` say how token states become a vector. `resident_bytes`, `activation_bytes` and `operators`
+    mean what they do in `DecoderSpec`.
+    """
+
+    architecture: str
+    target: str
+    vocabulary: int
+    max_length: int
+    dim: int
+    pooling: Literal["mean", "cls"]
+    normalize: bool
+    resident_bytes: int
+    activation_bytes: int
+    operators: Literal["stock", "edgekit"] = "stock"
+    kind: Literal["encoder"] = "encoder"
+
+    def __post_init__(self) -> None:
+        for name, size in {"vocabulary": self.vocabulary, "max_length": self.max_length, "dim": self.dim}.items():
+            if not 0 < size <= 1 << 24:
+                raise ModelError(f"{name} must be from 1 to {1 << 24}: got {size}")
+        if self.resident_bytes < 0 or self.activation_bytes < 0:
+            raise ModelError(f"bytes must not be below 0: got {self.resident_bytes} and {self.activation_bytes}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -81,7 +148,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: every file is there and has its digest."""
+    """An opened bundle of a decoder: every file is there and has its digest."""
 
     path: Path
     manifest: Manifest
@@ -90,20 +157,9 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Open and verify a bundle. Raises UserError when there is none at `path`, ModelError when it is not whole."""
-        if not path.is_dir():
-            raise UserError(f"a bundle must be a folder: {path} is none; make one with edgekit export")
-        manifest = Manifest.load(path)
-        if manifest.kind != "bundle":
-            raise UserError(
-                f"{path} is a {manifest.kind}, which does not run yet; make a bundle with edgekit export {path}"
-            )
-        for name in (MODEL, WEIGHTS, SPEC):
-            if name not in manifest.files:
-                raise ModelError(f"the bundle {path} must hold {name}; export it again")
-        try:
-            data = json.loads((path / SPEC).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as problem:
-            raise ModelError(f"{path / SPEC} must be readable JSON: {problem}") from problem
+        manifest, data = _open(path)
+        if _is_encoder(data):
+            raise UserError(f"{path} is an encoder, which makes embeddings and no text; use edgekit embed {path}")
         return cls(path, manifest, parse(DecoderSpec, data, where=str(path / SPEC), error=ModelError))
 
     def file(self, name: str) -> Path:
@@ -114,3 +170,54 @@ class Bundle:
 
     def has(self, name: str) -> bool:
         return name in self.manifest.files
+
+
+@dataclass(frozen=True)
+class EncoderBundle:
+    """An opened bundle of an encoder: every file is there and has its digest."""
+
+    path: Path
+    manifest: Manifest
+    spec: EncoderSpec
+
+    @classmethod
+    def open(cls, path: Path) -> EncoderBundle:
+        """Open and verify a bundle. Raises UserError when there is none at `path` or it is a decoder's, ModelError when
+        it is not whole."""
+        manifest, data = _open(path)
+        if not _is_encoder(data):
+            raise UserError(f"{path} is a decoder, which makes text; embeddings need an encoder such as minilm-l6")
+        return cls(path, manifest, parse(EncoderSpec, data, where=str(path / SPEC), error=ModelError))
+
+    def file(self, name: str) -> Path:
+        """A file that the manifest lists. Raises ModelError when it does not: nothing unlisted is ever read."""
+        if name not in self.manifest.files:
+            raise ModelError(f"the bundle {self.path} must hold {name}; export it again")
+        return inside(self.path, name)
+
+
+def is_encoder_bundle(path: Path) -> bool:
+    """Whether the bundle at `path` is an encoder's. Raises as `Bundle.open` does."""
+    return _is_encoder(_open(path)[1])
+
+
+def _open(path: Path) -> tuple[Manifest, object]:
+    """The manifest of a bundle whose files are whole, and what its runtime.json holds."""
+    if not path.is_dir():
+        raise UserError(f"a bundle must be a folder: {path} is none; make one with edgekit export")
+    manifest = Manifest.load(path)
+    if manifest.kind != "bundle":
+        raise UserError(
+            f"{path} is a {manifest.kind}, which does not run yet; make a bundle with edgekit export {path}"
+        )
+    for name in (MODEL, WEIGHTS, SPEC):
+        if name not in manifest.files:
+            raise ModelError(f"the bundle {path} must hold {name}; export it again")
+    try:
+        return manifest, json.loads((path / SPEC).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ModelError(f"{path / SPEC} must be readable JSON: {problem}") from problem
+
+
+def _is_encoder(data: object) -> bool:
+    return isinstance(data, dict) and data.get("kind") == "encoder"

@@ -119,7 +119,7 @@ class Checkpoint:
         for name in self.tensors.names():
             module, _, leaf = name.rpartition(".")
             matrices, vectors = found.setdefault(block_of(name), ([], []))
-            if leaf in ("scales", "zeros", "minima") and module in self.structure:
+            if leaf in ("scales", "zeros", "minima", "steps") and module in self.structure:
                 continue
             if leaf == "codes" or (leaf == "weight" and len(self.tensors.shape(name)) == 2):
                 matrices.append(module)
@@ -138,12 +138,16 @@ class Checkpoint:
         if entry is None:
             self.shape(module)  # refuses what is no matrix
             return Dense(self.vector(module + ".weight"))
-        zeros, minima = module + ".zeros", module + ".minima"
+        zeros, minima, steps = (
+            self._read(name) if name in self._names else None
+            for name in (f"{module}.{leaf}" for leaf in ("zeros", "minima", "steps"))
+        )
         quantized = Quantized(
             codes=self._read(module + ".codes"),
-            scales=self._read(module + ".scales").astype(np.float16, copy=False),
-            zeros=self._read(zeros) if zeros in self._names else None,
-            minima=self._read(minima) if minima in self._names else None,
+            scales=self._read(module + ".scales"),
+            zeros=zeros,
+            minima=minima,
+            steps=steps,
             bits=entry.bits,
             block=entry.block,
             columns=entry.shape[1],
@@ -312,7 +316,7 @@ def write_block(path: Path, block: Block) -> dict[str, Entry]:
             continue
         tensors[module + ".codes"] = weight.codes
         tensors[module + ".scales"] = weight.scales
-        for leaf, part in (("zeros", weight.zeros), ("minima", weight.minima)):
+        for leaf, part in (("zeros", weight.zeros), ("minima", weight.minima), ("steps", weight.steps)):
             if part is not None:
                 tensors[f"{module}.{leaf}"] = part
         entries[module] = Entry("quantized", weight.bits, weight.block, weight.shape)

@@ -3,20 +3,26 @@
 For each block in order: read it, let every step work on it, write its shard, flush it to disk, note it in the journal,
 free it. So memory holds one block before and after a step, whatever the model's size, and a killed run goes on where it
 stopped (`edgekit.journal`) with the same bytes. The target appears by one rename, when all of it is there.
+
+Where a step needs activations, the calibration text walks along (`edgekit.calibrate`, which needs torch): each block is
+given what the blocks before it, as compressed, make of the text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from typing import TYPE_CHECKING
 
 import psutil
 import safetensors
@@ -27,16 +33,23 @@ from edgekit.folder import digest, explain_write_errors, publish, refuse_existin
 from edgekit.journal import NAME as JOURNAL
 from edgekit.journal import DoneBlock, Identity, Journal, StepOnBlock, begin, locked_work_folder
 from edgekit.manifest import FileRecord, Manifest, StepRecord, now, record_files, versions
-from edgekit.recipe import Recipe
+from edgekit.model.encoder_config import step_facts
+from edgekit.recipe import Recipe, parse_recipe
 from edgekit.report import Measurement
-from edgekit.step import StepContext, join_facts, options, outline_of, renamed
+from edgekit.step import StepContext, Surveyor, join_facts, options, outline_of, renamed
+
+if TYPE_CHECKING:
+    from edgekit.calibrate import Walk
 
 RECIPE = "recipe.toml"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One more block is done: `done` of `total`, its name, and its bytes before the first and after the last step."""
+    """One more block is done: `done` of `total`, its name, and its bytes before the first and after the last step.
+
+    Before them, while a step surveys the model, `block` is "survey" and the sizes are 0.
+    """
 
     block: str
     done: int
@@ -53,36 +66,41 @@ def compress(
     resume: bool = False,
     force: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    activations_bytes: int | None = None,
 ) -> Manifest:
     """Write `checkpoint`, changed by `recipe`, to the new folder `output`, and return its manifest.
 
     `resume` goes on with a run that was killed, and begins one where there is none. `force` replaces an output that
-    stands there, and discards a killed run unless `resume` is set.
+    stands there, and discards a killed run unless `resume` is set. Hidden states of calibration take at most
+    `activations_bytes` of memory (half of what is free when None); what is beyond spills to disk, beside the output.
 
     Raises UserError: the output exists, cannot be written, or overlaps the source; a killed run is in the way, or
-    another process is at work; a step does not suit the model. BudgetError: the disk is too small. ModelError: weights
-    that cannot be right. Whatever is raised, the output stays as it was.
+    another process is at work; a step does not suit the model; calibration text is missing or too short. BudgetError:
+    the disk is too small. ModelError: weights that cannot be right. Whatever is raised, the output stays as it was.
     """
     output = Path(os.path.abspath(output))
     with explain_write_errors(output):
         refuse_overlap(checkpoint, output)
         refuse_existing(output, force=force)
         job = _Job.of(checkpoint, recipe)
-        identity = Identity(_digest(checkpoint), recipe.sha256, _versions())
         with locked_work_folder(output) as work:
-            journal = begin(work, Journal(identity, len(job.prepared.blocks)), resume=resume, force=force)
+            walk = _begin_walk(job, work, activations_bytes)
+            fresh = Journal(_identity(job, walk), len(job.prepared.blocks))
+            journal = begin(work, fresh, resume=resume, force=force)
+            job, walk, journal = _survey(job, walk, journal, work, on_progress)
             _refuse_small_disk(job, journal, work)
             for index, name in enumerate(job.prepared.blocks):
-                if name in journal.done:
-                    continue
                 shard = f"model-{index + 1:05}-of-{journal.total:05}.safetensors"
-                done = _compress_block(job, name, work / shard)
+                if name in journal.done:
+                    _replay(job, walk, journal, name, work / shard)
+                    continue
+                done = _compress_block(job, walk, name, work / shard)
                 journal = journal.with_block(name, done)
                 journal.save(work)
                 if on_progress is not None:
                     sizes = done.steps[0].before_bytes, done.steps[-1].after_bytes
                     on_progress(Progress(name, len(journal.done), journal.total, *sizes))
-            manifest = _finish(job, journal, work)
+            manifest = _finish(job, walk, journal, work)
             refuse_existing(output, force=force)  # it may have come meanwhile
             publish(work, output)
             (output / JOURNAL).unlink()  # it goes last: until here a killed run can be resumed
@@ -101,9 +119,9 @@ class _Job:
     def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> _Job:
         """Prepare all steps; nothing large is read. Raises UserError or ModelError when one does not suit the model."""
         for step in recipe.steps:
-            if step.needs != "weights":
-                raise UserError(f"this edgekit runs steps that need weights only: {step.name} needs {step.needs}")
-        if checkpoint.decoder.tied and checkpoint.has("lm_head"):  # some writers store the tied table twice
+            if step.needs == "model":
+                raise UserError(f"{step.name} works on a whole model: it is no step of a recipe")
+        if step_facts(checkpoint.config).tied and checkpoint.has("lm_head"):  # some writers store the tied table twice
             names = {name: name for name in checkpoint.tensors.names() if not name.startswith("lm_head.")}
             checkpoint = renamed(checkpoint, names, config=checkpoint.config)
         prepared = checkpoint
@@ -113,7 +131,71 @@ class _Job:
 
     @property
     def context(self) -> StepContext:
-        return StepContext(self.prepared.decoder, self.recipe.seed)
+        return StepContext(step_facts(self.prepared.config), self.recipe.seed)
+
+
+def _begin_walk(job: _Job, work: Path, activations_bytes: int | None) -> Walk | None:
+    """The walk of the calibration text, where a step needs one."""
+    needy = next((step for step in job.recipe.steps if step.needs != "weights"), None)
+    if needy is None:
+        return None
+    try:
+        from edgekit.calibrate import begin_walk
+    except ModuleNotFoundError as problem:
+        raise UserError(
+            f"{needy.name} as set here needs {problem.name}: pip install 'edgekit[compress]', or choose a method that"
+            " takes no calibration, such as rtn"
+        ) from problem
+    return begin_walk(job.prepared, job.recipe, job.context, work, activations_bytes)
+
+
+def _identity(job: _Job, walk: Walk | None) -> Identity:
+    found, calibration = _versions(), ""
+    if walk is not None:
+        import torch
+
+        found |= versions("torch") | {"threads": str(torch.get_num_threads())}  # they decide the order of additions
+        calibration = walk.record.sha256
+    return Identity(_digest(job.source), job.recipe.sha256, found, calibration)
+
+
+def _survey(
+    job: _Job, walk: Walk | None, journal: Journal, work: Path, on_progress: Callable[[Progress], None] | None
+) -> tuple[_Job, Walk | None, Journal]:
+    """The job with the plans of its steps that make one; they are made once and kept in the journal."""
+    surveyors = [index for index, step in enumerate(job.recipe.steps) if isinstance(step, Surveyor)]
+    if walk is None or not surveyors:
+        return job, walk, journal
+    from edgekit.calibrate import survey_of
+
+    recipe = job.recipe
+    if journal.surveyed:
+        recipe = parse_recipe(journal.surveyed, where=str(work / JOURNAL))
+    else:
+
+        def report(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress("survey", done, total, 0, 0))
+
+        for index in surveyors:
+            step = recipe.steps[index]
+            assert isinstance(step, Surveyor)
+            planned = step.survey(survey_of(walk, index, report))
+            steps = (*recipe.steps[:index], planned, *recipe.steps[index + 1 :])
+            recipe = dataclasses.replace(recipe, steps=steps)
+            walk.steps = steps
+        journal = dataclasses.replace(journal, surveyed=recipe.resolved())
+        journal.save(work)
+    walk.steps = recipe.steps
+    return dataclasses.replace(job, recipe=recipe), walk, journal
+
+
+def _replay(job: _Job, walk: Walk | None, journal: Journal, name: str, shard: Path) -> None:
+    """Take the calibration text past a block that is done."""
+    if walk is not None:
+        from edgekit.calibrate import read_shard
+
+        walk.replay(read_shard(shard, name, journal.done[name].structure, job.prepared))
 
 
 def _digest(checkpoint: Checkpoint) -> str:
@@ -138,17 +220,19 @@ def _refuse_small_disk(job: _Job, journal: Journal, work: Path) -> None:
         )
 
 
-def _compress_block(job: _Job, name: str, path: Path) -> DoneBlock:
+def _compress_block(job: _Job, walk: Walk | None, name: str, path: Path) -> DoneBlock:
     """Take one block through all steps and write it to `path`, on disk when this returns."""
     size_bytes = outline_of(job.source, name).size_bytes  # an untied head is no part of the source
     block = job.prepared.read_block(name)
     steps = []
-    for step in job.recipe.steps:
+    for index, step in enumerate(job.recipe.steps):
         peak, started = _peak_memory(), time.perf_counter()
-        block, changes = step.apply(block, job.context)
+        block, changes = step.apply(block, job.context) if walk is None else walk.apply(index, block)
         seconds = time.perf_counter() - started
         steps.append(StepOnBlock(changes, size_bytes, block.size_bytes, seconds, _peak_since(peak)))
         size_bytes = block.size_bytes
+    if walk is not None:
+        walk.leave(block)
     try:
         structure = write_block(path, block)
     except safetensors.SafetensorError as problem:
@@ -176,7 +260,7 @@ def _peak_since(earlier: int) -> int:
     return peak if peak > earlier else int(psutil.Process().memory_info().rss)
 
 
-def _finish(job: _Job, journal: Journal, work: Path) -> Manifest:
+def _finish(job: _Job, walk: Walk | None, journal: Journal, work: Path) -> Manifest:
     """Write all that stands around the shards; the manifest last."""
     done = [journal.done[name] for name in job.prepared.blocks]
     structure = {module: entry for block in done for module, entry in block.structure.items()}
@@ -192,9 +276,9 @@ def _finish(job: _Job, journal: Journal, work: Path) -> Manifest:
         recipe=job.recipe.name,
         recipe_sha256=job.recipe.sha256,
         seed=job.recipe.seed,
-        steps=(*(earlier.steps if earlier else ()), *_step_records(job.recipe, done)),
+        steps=(*(earlier.steps if earlier else ()), *_step_records(job.recipe, walk, done)),
         measurements=earlier.measurements if earlier else (),
-        versions=_versions(),
+        versions=journal.identity.versions,
         created=now(),
     )
     manifest.save(work)
@@ -206,15 +290,16 @@ def _tensor_names(shard: Path) -> list[str]:
         return sorted(file.keys())
 
 
-def _step_records(recipe: Recipe, done: list[DoneBlock]) -> list[StepRecord]:
-    """One record a step, joined over the blocks."""
+def _step_records(recipe: Recipe, walk: Walk | None, done: list[DoneBlock]) -> list[StepRecord]:
+    """One record a step, joined over the blocks; steps that were calibrated say on what."""
+    text = {} if walk is None else {"calibration": dataclasses.asdict(walk.record)}
     records = []
     for index, step in enumerate(recipe.steps):
         blocks = [block.steps[index] for block in done]
         records.append(
             StepRecord(
                 step=step.name,
-                options=options(step),
+                options=options(step) if step.needs == "weights" else {**options(step), **text},
                 changed=sum(block.changes.changed for block in blocks),
                 before_bytes=sum(block.before_bytes for block in blocks),
                 after_bytes=sum(block.after_bytes for block in blocks),
@@ -268,12 +353,19 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def plan(checkpoint: Checkpoint, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None) -> Plan:
     """Predict sizes, memory and time from shapes and a timing of well under a second; nothing is written.
 
+    A step that surveys the model does so first, on the calibration text, and its plan is in the recipe.
     Raises UserError or ModelError as `compress` does for a recipe that does not suit the model.
     """
-    blocks = _predict(_Job.of(checkpoint, recipe))
+    job = _Job.of(checkpoint, recipe)
+    if any(isinstance(step, Surveyor) for step in recipe.steps):
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            walk = _begin_walk(job, Path(folder), None)
+            job, _, _ = _survey(job, walk, Journal(_identity(job, walk), 0), Path(folder), on_progress)
+        recipe = job.recipe
+    blocks = _predict(job)
     peak = psutil.Process().memory_info().rss + max(block.peak_bytes for block in blocks)
     return Plan(
         recipe=recipe.resolved(),

@@ -55,14 +55,19 @@ class Identity:
     source: str
     recipe_sha256: str
     versions: dict[str, str]
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """`total` counts the model's blocks; `done` has those that are finished, by name."""
+    """`total` counts the model's blocks; `done` has those that are finished, by name.
+
+    `surveyed` is the recipe as TOML after its steps have planned for the whole model, where some did.
+    """
 
     identity: Identity
     total: int
+    surveyed: str = ""
     done: dict[str, DoneBlock] = field(default_factory=dict)
 
     def with_block(self, name: str, block: DoneBlock) -> Journal:
@@ -145,6 +150,7 @@ def _refuse_other(earlier: Identity, now: Identity, work: Path) -> None:
     parts = {
         "the source model": earlier.source == now.source,
         "the recipe": earlier.recipe_sha256 == now.recipe_sha256,
+        "the calibration text": earlier.calibration == now.calibration,
         f"the versions ({_differences(earlier.versions, now.versions)})": earlier.versions == now.versions,
     }
     changed = [part for part, same in parts.items() if not same]

@@ -72,7 +72,7 @@ class StepRecord:
 class Manifest:
     """See the module. `steps` and `measurements` accumulate from folder to folder."""
 
-    kind: Literal["checkpoint", "bundle"]
+    kind: Literal["checkpoint", "bundle", "onnx"]
     source: SourceRecord
     files: dict[str, FileRecord]
     recipe: str = ""

@@ -4,6 +4,10 @@
     description = "one line for the model card"      # may be left out
     seed = 0                                         # may be left out
 
+    [calibration]                                    # for steps that need text; may be left out
+    files = ["text.jsonl.gz"]                        # beside this file; --calibration goes before them
+    samples = 16
+
     [[step]]
     use = "quant.int4"
     block = 64                                       # each step's options stand beside `use`
@@ -13,16 +17,18 @@ It is strict: an unknown key, step or value is an error that names the nearest k
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import UserError
 from edgekit.schema import nearest, parse
-from edgekit.step import Step, options, step_class
+from edgekit.step import CalibrationOptions, Step, options, step_class
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -35,6 +41,7 @@ class Recipe:
     description: str
     steps: tuple[Step, ...]
     seed: int = 0
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -47,6 +54,9 @@ class Recipe:
     def resolved(self) -> str:
         """The recipe as TOML with every default filled in; `load_recipe` reads it back to an equal recipe."""
         lines = [f"{key} = {_toml(getattr(self, key))}" for key in ("name", "description", "seed")]
+        if self.calibration != CalibrationOptions():
+            table = dataclasses.asdict(self.calibration)
+            lines += ["", "[calibration]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
         for step in self.steps:
             lines += ["", "[[step]]", f"use = {_toml(step.name)}"]
             lines += [f"{key} = {_toml(value)}" for key, value in options(step).items()]
@@ -56,7 +66,10 @@ class Recipe:
     def sha256(self) -> str:
         """The digest of the resolved recipe as canonical JSON: the same for two texts that mean the same."""
         steps = [{"use": step.name, **options(step)} for step in self.steps]
-        data = {"name": self.name, "description": self.description, "seed": self.seed, "step": steps}
+        data: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed, "step": steps}
+        windows = {"samples": self.calibration.samples, "length": self.calibration.length}
+        if windows != {"samples": CalibrationOptions.samples, "length": CalibrationOptions.length}:
+            data["calibration"] = windows  # which text it is, its own digest says
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -69,6 +82,7 @@ class _File:
     step: tuple[dict[str, object], ...] = ()
     description: str = ""
     seed: int = 0
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -78,15 +92,43 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """
     path = _find(name_or_path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as problem:
         raise UserError(f"a recipe must be a readable TOML file: {path} ({problem})") from problem
-    file = parse(_File, data, where=str(path))
-    steps = tuple(_step(table, where=f"{path}, step[{i}]") for i, table in enumerate(file.step))
+    recipe = parse_recipe(text, where=str(path))
+    beside = tuple(str(path.parent / file) for file in recipe.calibration.files)  # an absolute path stays
+    return replace(recipe, calibration=replace(recipe.calibration, files=beside))
+
+
+def parse_recipe(text: str, *, where: str) -> Recipe:
+    """A recipe from its TOML. Raises UserError as `load_recipe`; `where` names the text for messages."""
     try:
-        return Recipe(file.name, file.description, steps, file.seed)
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"a recipe must be a readable TOML file: {where} ({problem})") from problem
+    file = parse(_File, data, where=where)
+    steps = tuple(_step(table, where=f"{where}, step[{i}]") for i, table in enumerate(file.step))
+    try:
+        return Recipe(file.name, file.description, steps, file.seed, file.calibration)
     except UserError as problem:
-        raise UserError(f"{path}: {problem}") from problem
+        raise UserError(f"{where}: {problem}") from problem
+
+
+def calibrated_on(recipe: Recipe, files: Sequence[Path]) -> Recipe:
+    """The recipe with these calibration files; as it is when there are none."""
+    names = tuple(str(file) for file in files)
+    return replace(recipe, calibration=replace(recipe.calibration, files=names)) if names else recipe
+
+
+def within(recipe: Recipe, target_mb: float) -> Recipe:
+    """The recipe whose step with a `target_mb` plans anew for this size. Raises UserError: it has no such step."""
+    steps = tuple(
+        replace(step, target_mb=target_mb, plan=()) if "target_mb" in options(step) else step  # type: ignore[type-var]
+        for step in recipe.steps
+    )
+    if steps == recipe.steps and not any("target_mb" in options(step) for step in steps):
+        raise UserError(f"a size needs a recipe with a step that plans for one, such as mixed: {recipe.name} has none")
+    return replace(recipe, steps=steps)
 
 
 def built_in_recipes() -> tuple[str, ...]:

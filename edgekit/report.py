@@ -1,8 +1,10 @@
-"""Measurements, the report that holds them, and how both are shown: JSON, Markdown, terminal."""
+"""Measurements, the report that holds them, and how both are shown: JSON, CSV, Markdown, terminal."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 How = Literal["measured", "estimated", "predicted"]
 
 SCHEMA = 1
+_LONGEST = 12  # rows of a table on a terminal
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,45 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A quantity over another one: memory over time, gaps over tokens. `x` and `y` have the same length."""
+
+    x_label: str
+    x_unit: str
+    y_unit: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; None where a number could not be had."""
+
+    label: str
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers that belong together. `label` heads the first column, `columns` (with their units) the others."""
+
+    label: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """What was measured in one run, on what, with what.
 
-    `machine` holds the facts that must agree for two reports to be comparable (`Device.fingerprint`), `versions` the
-    packages, `subject` what was measured (bundle name and digest), `samples` the raw numbers behind a measurement, by
-    its name, and `created` the time in UTC.
+    `machine` holds the facts that must agree for two reports to be comparable (`Device.fingerprint`), `conditions`
+    those that were only written down (clocks, temperatures, other load), `versions` the packages, `subject` what was
+    measured (bundle name and digest), `samples` the raw numbers behind a measurement, by its name, `flags` what casts a
+    doubt on the run (heat, drift, other programs), and `created` the time in UTC.
 
     Raises ModelError: two measurements of one name, samples without a measurement, a number that is not finite, a
-    spread below zero.
+    spread below zero, a series of two lengths, a row that does not fit its table.
     """
 
     title: str
@@ -58,6 +91,10 @@ class Report:
     subject: str = ""
     samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
     created: str = ""
+    conditions: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    series: dict[str, Series] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -73,6 +110,22 @@ class Report:
             if name not in names:
                 raise ModelError(f"samples must belong to a measurement: {name!r} is not one")
             _refuse_infinite(name, numbers)
+        for name, series in self.series.items():
+            if len(series.x) != len(series.y):
+                raise ModelError(f"a series needs as many x as y: {name!r} has {len(series.x)} and {len(series.y)}")
+            _refuse_infinite(name, [*series.x, *series.y])
+        for name, table in self.tables.items():
+            for line in table.rows:
+                if len(line.values) != len(table.columns):
+                    raise ModelError(
+                        f"a row must fill its table's {len(table.columns)} columns: {line.label!r} of {name!r} has"
+                        f" {len(line.values)}"
+                    )
+                _refuse_infinite(name, [number for number in line.values if number is not None])
+
+    def value(self, name: str) -> float | None:
+        """The value of the measurement called `name`; None where there is none."""
+        return next((row.value for row in self.measurements if row.name == name), None)
 
     def to_json(self) -> str:
         """The whole report as JSON text; `from_json` gives an equal one."""
@@ -120,10 +173,31 @@ class Report:
         lines += ["| measurement | value | unit | ± | n | how | note |", "|---|--:|---|--:|--:|---|---|"]
         for row in self.measurements:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |")
-        for label, facts in (("Machine", self.machine), ("Versions", self.versions)):
+        for name, table in self.tables.items():
+            lines += ["", f"## {plain(name)}", ""]
+            if table.note:
+                lines += [plain(table.note), ""]
+            heads = [plain(head).replace("|", "\\|") for head in (table.label, *table.columns)]
+            lines += ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * len(table.columns)]
+            for line in table.rows:
+                texts = [plain(line.label).replace("|", "\\|"), *map(number, line.values)]
+                lines.append("| " + " | ".join(texts) + " |")
+        lines += [f"\n{plain(flag)}" for flag in self.flags]
+        for label, facts in (("Machine", self.machine), ("Conditions", self.conditions), ("Versions", self.versions)):
             if facts:
                 lines += ["", f"{label}: {plain(_facts(facts))}"]
         return "\n".join(lines) + "\n"
+
+    def to_csv(self) -> str:
+        """One line a measurement, its values with all their digits; empty where a number could not be had."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["subject", "measurement", "value", "unit", "spread", "n", "how", "note"])
+        for row in self.measurements:
+            value, spread = ("" if number is None else repr(number) for number in (row.value, row.spread))
+            texts = [_harmless(text) for text in (self.subject, row.name)]
+            writer.writerow([*texts, value, _harmless(row.unit), spread, row.n, row.how, _harmless(row.note)])
+        return stream.getvalue()
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -148,10 +222,25 @@ def print_report(report: Report, console: Console) -> None:
         notes += [f"{name}: {note}"] if note else []
 
     console.print(Text(plain(report.title), "bold"))
-    dim(report.subject, _facts(report.machine))
+    dim(report.subject, _facts(report.machine), _facts(report.conditions))
     console.print()
     console.print(table)
+    for name, numbers in report.tables.items():
+        console.print()
+        console.print(Text(plain(name), "bold"))
+        dim(numbers.note)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column(plain(numbers.label))
+        for column in numbers.columns:
+            table.add_column(plain(column), justify="right")
+        for line in numbers.rows[:_LONGEST]:
+            table.add_row(Text(plain(line.label)), *map(number, line.values))
+        console.print(table)
+        if len(numbers.rows) > _LONGEST:
+            dim(f"and {len(numbers.rows) - _LONGEST} more, which the saved report holds")
     console.print()
+    for flag in report.flags:
+        console.print(Text(plain(f"doubt: {flag}"), "yellow"))
     dim(*notes, f"{_facts(report.versions)}  {report.created}".strip())
 
 
@@ -165,6 +254,11 @@ def cells(row: Measurement) -> tuple[str, str, str, str, str, str, str]:
         return name, "n/a", unit, "", "", "", note
     spread = "" if row.spread is None else digits(row.spread, row.spread)
     return name, digits(row.value, row.spread), unit, spread, str(row.n), row.how, note
+
+
+def number(value: float | None) -> str:
+    """`value` in four digits, or n/a."""
+    return "n/a" if value is None else digits(value)
 
 
 def digits(value: float, spread: float | None = None) -> str:
@@ -187,6 +281,12 @@ def digits(value: float, spread: float | None = None) -> str:
 def plain(text: str) -> str:
     """One line without control characters, so that a foreign report cannot steer the terminal or break a table."""
     return "".join(char for char in " ".join(text.split()) if char.isprintable())
+
+
+def _harmless(text: str) -> str:
+    """Text for a cell that a spreadsheet does not take for a formula."""
+    text = plain(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _facts(facts: dict[str, str]) -> str:

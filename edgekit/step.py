@@ -11,10 +11,14 @@ the same bytes. What a step cannot treat it leaves alone and says so in `Changes
 
 `needs` says what a step must see, so that one runner can serve every family:
 
-    weights        a block's weights are enough. The only kind there is so far
-    activations    calibration: the runner will give `StepContext` the inputs that the blocks before this one, already
-                   compressed, produced, and will run the block again after the step to have those of the next
+    weights        a block's weights are enough
+    activations    calibration: `StepContext.inputs` tells what the matrices of the block read, when the blocks before
+                   it are those already compressed; the runner runs the block after the last step to go on
+    originals      the same, and what they read in the model as it stood before this step (one step of a recipe)
     model          merging, healing: the step works between two streams, from one finished folder to the next
+
+A step that has `survey` is asked once, before the first block, and takes the place of what it returns: a plan for the
+whole model, as options of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.checkpoint import Block, Checkpoint, TensorReader
@@ -35,13 +40,21 @@ from edgekit.manifest import Skip
 from edgekit.model.config import DecoderConfig
 from edgekit.schema import nearest
 
-Needs = Literal["weights", "activations", "model"]
+if TYPE_CHECKING:
+    from edgekit.calibrate import Survey
+
+Needs = Literal["weights", "activations", "originals", "model"]
 
 STEPS = {
-    "quant.int4": "edgekit.quant.rounding:Int4",
-    "quant.int8": "edgekit.quant.rounding:Int8",
+    "quant.awq": "edgekit.quant.scaling:Awq",
+    "quant.int2": "edgekit.quant.methods:Int2",
+    "quant.int3": "edgekit.quant.methods:Int3",
+    "quant.int4": "edgekit.quant.methods:Int4",
+    "quant.int8": "edgekit.quant.methods:Int8",
     "quant.keep": "edgekit.quant.keep:Keep",
+    "quant.mixed": "edgekit.quant.mixed:Mixed",
     "quant.rotate": "edgekit.quant.rotate:Rotate",
+    "quant.smooth": "edgekit.quant.scaling:Smooth",
 }
 
 
@@ -89,11 +102,60 @@ def _join(facts: Sequence[Fact]) -> float:
 
 
 @dataclass(frozen=True)
+class CalibrationOptions:
+    """Which text a run calibrates on: files, how many windows, and tokens a window (0: 1024, or the context)."""
+
+    files: tuple[str, ...] = ()
+    samples: int = 16
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"calibration must have at least one window: got {self.samples}")
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """The text that a run was calibrated on, for its manifest: file names, windows, tokens a window, their digest."""
+
+    files: tuple[str, ...]
+    samples: int
+    length: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What a matrix reads on the calibration text, see `edgekit.model.calibration`; float64.
+
+    `cross` and `drift` are there for a step that asks for the original model's inputs too.
+    """
+
+    gram: NDArray[np.float64]
+    mean_abs: NDArray[np.float64]
+    max_abs: NDArray[np.float64]
+    tokens: int
+    cross: NDArray[np.float64] | None = None
+    drift: NDArray[np.float64] | None = None
+
+
+class Inputs(Protocol):
+    """The calibration inputs of one block."""
+
+    def statistics(self, block: Block, module: str) -> InputStatistics:
+        """What `module` reads when the matrices before it are those of `block`."""
+
+
+@dataclass(frozen=True)
 class StepContext:
-    """What a step may know beside the block in its hands: the facts of the prepared model, and the recipe's seed."""
+    """What a step may know beside the block in its hands: the facts of the prepared model, and the recipe's seed.
+
+    `inputs` is there for steps that need activations, but at the token table of an untied model.
+    """
 
     decoder: DecoderConfig
     seed: int
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +194,10 @@ class Step(Protocol):
     """A frozen dataclass whose fields are the options, checked when it is built (UserError). See the module."""
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
+
+    @property
+    def needs(self) -> Needs:
+        """What the step must see; it may depend on the options."""
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
         """The model as the step wants its blocks cut, named and configured; `checkpoint` itself when nothing changes.
@@ -145,6 +210,14 @@ class Step(Protocol):
 
     def predict(self, outline: Outline, context: StepContext) -> Prediction:
         """What `apply` would do: the sizes are exact, the seconds come from timing a small piece of work."""
+
+
+@runtime_checkable
+class Surveyor(Protocol):
+    """A step that plans for the whole model before the first block."""
+
+    def survey(self, survey: Survey) -> Step:
+        """The step with its plan among its options; the step itself when it has one. Raises as `Step.apply`."""
 
 
 def step_class(name: str, *, where: str) -> type[Step]:

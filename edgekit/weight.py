@@ -1,19 +1,24 @@
 """What can stand where a float matrix stood: dense values, or integer codes with a scale for each block.
 
 A quantised matrix of shape (out, in) is stored in blocks of `block` neighbouring columns of one row, the last block
-padded with zeros. The value of a code q in a block with scale s, and a zero point z or a minimum m, is
+padded. The value of a code q in a block with scale s, and a zero point z or a minimum m, is
 
     w = s * (q - z),        z = 2**(bits - 1) where the matrix is symmetric
     w = s * q + m           where it has minima, as the blocks of many GGUF types do.
 
-Codes are packed along the row, the low bits first: byte j of a block holds codes 2j and 2j + 1 at 4 bits, code j at 8.
-This is the layout of onnxruntime's MatMulNBits, so an export copies bytes and converts nothing but the scales.
+Scales and minima are float16; or they are codes of 8 bits themselves, S from 0 to 255 and M from -128 to 127, with one
+or two float16 steps a row: s = S * step[0] and m = M * step[1]. Both products are exact in float32.
+
+Codes are packed along the row in a stream of bits, the low ones first: the code of column i of a block holds the bits
+from i * bits on, and the first bit of a byte is its lowest. So byte j of a block holds codes 2j and 2j + 1 at 4 bits,
+code j at 8. That is the layout of onnxruntime's MatMulNBits, which takes 2, 4 and 8 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +28,10 @@ from edgekit.errors import ModelError
 Floats = NDArray[np.float32]
 Halves = NDArray[np.float16]
 Bytes = NDArray[np.uint8]
+SignedBytes = NDArray[np.int8]
+
+BITS = (2, 3, 4, 5, 6, 8)  # a code may have
+EIGHT = 8  # codes of any size fill whole bytes together
 
 
 @dataclass(frozen=True)
@@ -48,19 +57,22 @@ class Dense:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes (out, blocks, block * bits / 8) uint8, scales (out, blocks) float16, and zero points or minima.
+    """Codes (out, blocks, block * bits / 8) uint8, scales (out, blocks), and zero points or minima.
 
-    `zeros` is (out, ceil(blocks * bits / 8)) uint8, packed as the codes are, `minima` (out, blocks) float16; at most
-    one of them is there, and neither when the matrix is symmetric. `columns` is the matrix's width without padding.
+    `zeros` is (out, ceil(blocks * bits / 8)) uint8, packed as the codes are, `minima` (out, blocks); at most one of
+    them is there, and neither when the matrix is symmetric. Scales and minima are float16 without `steps`; with `steps`
+    they are uint8 and int8, and steps is float16 (out, 1), or (out, 2) where there are minima. `columns` is the
+    matrix's width without padding.
     """
 
     codes: Bytes
-    scales: Halves
+    scales: Halves | Bytes
     zeros: Bytes | None
     bits: int
     block: int
     columns: int
-    minima: Halves | None = None
+    minima: Halves | SignedBytes | None = None
+    steps: Halves | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype != np.uint8 or self.codes.ndim != 3 or self.scales.ndim != 2:
@@ -69,18 +81,39 @@ class Quantized:
                 f" {self.codes.shape} and {self.scales.shape}"
             )
         rows, blocks = self.scales.shape
-        if self.bits not in (4, 8) or self.block <= 0 or self.block * self.bits % 8:
-            raise ModelError(f"codes must have 4 or 8 bits in whole bytes: got {self.bits} bits, block {self.block}")
+        if self.bits not in BITS or self.block <= 0 or self.block * self.bits % 8:
+            raise ModelError(
+                f"codes must have {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits in whole bytes: got {self.bits}"
+                f" bits, block {self.block}"
+            )
         wanted = (rows, blocks, self.block * self.bits // 8)
         if self.codes.shape != wanted or blocks != -(-self.columns // self.block):
             raise ModelError(
                 f"codes of {self.columns} columns in blocks of {self.block} must have shape {wanted}"
                 f" with {-(-self.columns // self.block)} blocks: got {self.codes.shape} and {blocks} scales a row"
             )
-        if self.zeros is not None and self.zeros.shape != (rows, -(-blocks * self.bits // 8)):
-            raise ModelError(f"zero points of {blocks} blocks must be packed by row: got shape {self.zeros.shape}")
+        if self.zeros is not None and (
+            self.zeros.dtype != np.uint8 or self.zeros.shape != (rows, -(-blocks * self.bits // 8))
+        ):
+            raise ModelError(
+                f"zero points of {blocks} blocks must be packed by row: got {self.zeros.dtype} {self.zeros.shape}"
+            )
         if self.minima is not None and (self.zeros is not None or self.minima.shape != self.scales.shape):
             raise ModelError(f"minima must stand alone, one a scale: got {self.minima.shape} for {self.scales.shape}")
+        self._check_types(rows)
+
+    def _check_types(self, rows: int) -> None:
+        kinds = [str(part.dtype) for part in (self.scales, self.minima) if part is not None]
+        allowed = ["float16", "float16"] if self.steps is None else ["uint8", "int8"]
+        if kinds != allowed[: len(kinds)]:
+            raise ModelError(
+                "scales and minima must be float16, or uint8 and int8 with steps: got"
+                f" {' and '.join(kinds)} {'without' if self.steps is None else 'with'} steps"
+            )
+        if self.steps is not None and (self.steps.dtype != np.float16 or self.steps.shape != (rows, len(kinds))):
+            raise ModelError(
+                f"steps of {rows} rows must be float16 {(rows, len(kinds))}: got {self.steps.dtype} {self.steps.shape}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +122,8 @@ class Quantized:
     @property
     def size_bytes(self) -> int:
         """Bytes that the matrix takes in its folder."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.minima) if part is not None)
+        parts = (self.codes, self.scales, self.zeros, self.minima, self.steps)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def rows(self, part: slice) -> Quantized:
         """Some of the rows, as a matrix of their own."""
@@ -99,7 +133,16 @@ class Quantized:
             scales=self.scales[part],
             zeros=None if self.zeros is None else self.zeros[part],
             minima=None if self.minima is None else self.minima[part],
+            steps=None if self.steps is None else self.steps[part],
         )
+
+    def block_scales(self) -> Floats:
+        """The scales that are meant, (out, blocks) float32."""
+        return restored(self.scales, None if self.steps is None else self.steps[:, :1])
+
+    def block_minima(self) -> Floats | None:
+        """The minima that are meant, (out, blocks) float32, where there are some."""
+        return None if self.minima is None else restored(self.minima, None if self.steps is None else self.steps[:, 1:])
 
     def dense(self) -> Floats:
         """The values that the codes stand for, (out, in) float32."""
@@ -109,10 +152,18 @@ class Quantized:
             codes -= unpack(self.zeros, self.bits)[:, :blocks, None]
         elif self.minima is None:
             codes -= float(1 << (self.bits - 1))
-        codes *= self.scales.astype(np.float32)[:, :, None]
-        if self.minima is not None:
-            codes += self.minima.astype(np.float32)[:, :, None]
+        codes *= self.block_scales()[:, :, None]
+        if (minima := self.block_minima()) is not None:
+            codes += minima[:, :, None]
         return np.ascontiguousarray(codes.reshape(rows, -1)[:, : self.columns])
+
+
+def restored(values: Halves | Bytes | SignedBytes, step: Halves | None) -> Floats:
+    """Scales or minima as float32, from float16 or from codes (rows, blocks) and their step (rows, 1); exact."""
+    exact = values.astype(np.float32)
+    if step is not None:
+        exact *= step.astype(np.float32)
+    return exact
 
 
 Weight = Dense | Quantized
@@ -129,35 +180,58 @@ def concatenate(weights: Sequence[Weight]) -> Weight | None:
     if len(parts) != len(weights) or len({_layout(part) for part in parts}) != 1:
         return None
     zeros = [part.zeros for part in parts if part.zeros is not None]
-    minima = [part.minima for part in parts if part.minima is not None]
+    minima: list[NDArray[Any]] = [part.minima for part in parts if part.minima is not None]
+    steps = [part.steps for part in parts if part.steps is not None]
     return replace(
         parts[0],
         codes=np.concatenate([part.codes for part in parts]),
         scales=np.concatenate([part.scales for part in parts]),
         zeros=np.concatenate(zeros) if zeros else None,
         minima=np.concatenate(minima) if minima else None,
+        steps=np.concatenate(steps) if steps else None,
     )
 
 
 def _layout(weight: Quantized) -> tuple[object, ...]:
-    return weight.bits, weight.block, weight.columns, weight.zeros is None, weight.minima is None
+    parts = (weight.zeros, weight.minima, weight.steps)
+    return weight.bits, weight.block, weight.columns, *(part is None for part in parts)
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """Pack codes (..., n) of `bits` bits along the last axis, low bits first; an odd end is padded with zero."""
+    """Pack codes (..., n) of `bits` bits along the last axis: (..., ceil(n * bits / 8)) bytes, unused bits zero."""
     if bits == 8:
         return codes
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    packed: Bytes = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
-    return packed
+    size = -(-codes.shape[-1] * bits // 8)
+    if missing := -codes.shape[-1] % EIGHT:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], missing), np.uint8)], axis=-1)
+    if bits == 4:
+        halves: Bytes = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+        return halves[..., :size]
+    words = np.zeros((*codes.shape[:-1], codes.shape[-1] // EIGHT), "<u8")  # eight codes are `bits` bytes
+    for index in range(EIGHT):
+        words |= codes[..., index::EIGHT].astype(np.uint64) << np.uint64(bits * index)
+    stream = words[..., None].view(np.uint8)[..., :bits]
+    return np.ascontiguousarray(stream.reshape(*codes.shape[:-1], -1)[..., :size])
 
 
 def unpack(packed: Bytes, bits: int) -> Bytes:
-    """Undo `pack`: (..., n) bytes to (..., n * 8 / bits) codes."""
+    """Undo `pack`: (..., n) bytes to (..., floor(n * 8 / bits)) codes."""
     if bits == 8:
         return packed
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
-    codes[..., 0::2] = packed & 15
-    codes[..., 1::2] = packed >> 4
-    return codes
+    count = packed.shape[-1] * 8 // bits
+    if bits == 4:
+        codes = np.empty((*packed.shape[:-1], count), np.uint8)
+        codes[..., 0::2] = packed & 15
+        codes[..., 1::2] = packed >> 4
+        return codes
+    if missing := -packed.shape[-1] % bits:
+        packed = np.concatenate([packed, np.zeros((*packed.shape[:-1], missing), np.uint8)], axis=-1)
+    stream = packed.reshape(*packed.shape[:-1], -1, bits)
+    bytes_of_words = np.zeros((*stream.shape[:-1], EIGHT), np.uint8)
+    bytes_of_words[..., :bits] = stream
+    words = bytes_of_words.view("<u8")[..., 0]
+    mask = np.uint64((1 << bits) - 1)
+    codes = np.empty((*words.shape, EIGHT), np.uint8)
+    for index in range(EIGHT):
+        codes[..., index] = (words >> np.uint64(bits * index)) & mask
+    return np.ascontiguousarray(codes.reshape(*packed.shape[:-1], -1)[..., :count])

@@ -29,6 +29,7 @@ needs_library = pytest.mark.skipif(
 
 Array = NDArray[Any]
 Offsets = Literal["symmetric", "zeros", "minima"]
+Scales = Literal["float16", "int8"]
 
 REFERENCE = {
     "QuantLinear": reference.quant_linear,
@@ -37,6 +38,7 @@ REFERENCE = {
     "QuantEmbedding": reference.quant_embedding,
     "Attention": reference.attention,
     "NormAttention": reference.norm_attention,
+    "HadamardSparseAttention": reference.hadamard_sparse_attention,
 }
 
 
@@ -75,11 +77,8 @@ class Case:
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values.dtype), [None] * values.ndim)
             for name, values in self.inputs.items()
         ]
-        halves = ("present_key", "present_value")
-        made = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT16 if name in halves else TensorProto.FLOAT, None)
-            for name in op.outputs
-        ]
+        kinds = {"present_codes": TensorProto.UINT8, "y": TensorProto.FLOAT}
+        made = [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT16), None) for name in op.outputs]
         node = helper.make_node(op.name, op.inputs, op.outputs, domain=DOMAIN, **self.attributes)
         held = [numpy_helper.from_array(values, name) for name, values in self.constants.items()]
         graph = helper.make_graph([node], "case", fed, made, initializer=held)
@@ -123,19 +122,35 @@ def run_in_place(session: ort.InferenceSession, case: Case) -> list[Array]:
 
 
 def random_matrix(
-    rng: np.random.Generator, rows: int, columns: int, *, bits: int, block: int, offsets: Offsets
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    *,
+    bits: int,
+    block: int,
+    offsets: Offsets,
+    scales: Scales = "float16",
 ) -> Quantized:
     """Random codes, scales of both signs and sizes, and zero points or minima."""
     blocks = -(-columns // block)
-    scales = (rng.standard_normal((rows, blocks)) * 10.0 ** rng.integers(-4, 1, (rows, blocks))).astype(np.float16)
-    return Quantized(
+    spread = rng.standard_normal((rows, blocks)) * 10.0 ** rng.integers(-4, 1, (rows, blocks))
+    weight = Quantized(
         rng.integers(0, 256, (rows, blocks, block * bits // 8), np.uint8),
-        scales,
+        spread.astype(np.float16),
         pack(rng.integers(0, 1 << bits, (rows, blocks), np.uint8), bits) if offsets == "zeros" else None,
         bits=bits,
         block=block,
         columns=columns,
         minima=rng.standard_normal((rows, blocks)).astype(np.float16) if offsets == "minima" else None,
+    )
+    if scales == "float16":
+        return weight
+    steps = rng.uniform(0.5, 2, (rows, 1 if weight.minima is None else 2)) * 10.0 ** rng.integers(-6, -1, (rows, 1))
+    return replace(
+        weight,
+        scales=rng.integers(0, 256, (rows, blocks), np.uint8),
+        minima=None if weight.minima is None else rng.integers(-128, 128, (rows, blocks)).astype(np.int8),
+        steps=steps.astype(np.float16),
     )
 
 
@@ -163,7 +178,8 @@ def matrix_case(
     op: str, tiles: Tiles, inputs: dict[str, Array], first: dict[str, Array], last: dict[str, Array], **attributes: Any
 ) -> Case:
     """A node over a matrix: its constants stand between `first` and `last`."""
-    parts: dict[str, Array] = dict(zip(("codes", "scales", "zeros", "minima"), tiles.constants(), strict=True))
+    parts: dict[str, Array] = dict(zip(("codes", "scales", "zeros", "minima"), tiles.constants()[:4], strict=True))
+    last = {**last, "steps": tiles.constants()[4]}
     sizes = {"N": tiles.rows, "K": tiles.columns, "bits": tiles.bits, "block": tiles.block}
     return Case(op, {**first, **parts, **last}, inputs, {**sizes, **attributes})
 
@@ -179,13 +195,14 @@ def linear_case(
     bits: int = 4,
     block: int = 32,
     offsets: Offsets = "symmetric",
+    scales: Scales = "float16",
     rows: int = 2,
     extra: Extra = "nothing",
     seed: int = 0,
 ) -> Case:
     """QuantLinear of ordinary random activations."""
     rng = np.random.default_rng(seed)
-    tiles = tile(random_matrix(rng, N, K, bits=bits, block=block, offsets=offsets))
+    tiles = tile(random_matrix(rng, N, K, bits=bits, block=block, offsets=offsets, scales=scales))
     inputs: dict[str, Array] = {"x": rng.standard_normal((1, rows, K)).astype(np.float32)}
     last = {"bias": NOTHING, "residual": NOTHING}
     if extra in ("bias", "both"):
@@ -203,6 +220,7 @@ def norm_case(
     bits: int = 4,
     block: int = 32,
     offsets: Offsets = "symmetric",
+    scales: Scales = "float16",
     rows: int = 2,
     biased: bool = False,
     gated: bool = False,
@@ -210,7 +228,7 @@ def norm_case(
 ) -> Case:
     """NormQuantLinear, or GatedNormQuantLinear with N / 2 rows of gate."""
     rng = np.random.default_rng(seed)
-    kind: dict[str, Any] = {"bits": bits, "block": block, "offsets": offsets}
+    kind: dict[str, Any] = {"bits": bits, "block": block, "offsets": offsets, "scales": scales}
     norm = rng.uniform(0.5, 2, K).astype(np.float32) * rng.choice(np.array([-1, 1], np.float32), K)
     inputs: dict[str, Array] = {"x": steady_activations(rng, rows, K, block) / norm}
     if gated:
@@ -222,10 +240,18 @@ def norm_case(
 
 
 def embedding_case(
-    N: int, K: int, *, bits: int = 4, block: int = 32, offsets: Offsets = "symmetric", tokens: int = 40, seed: int = 0
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    block: int = 32,
+    offsets: Offsets = "symmetric",
+    scales: Scales = "float16",
+    tokens: int = 40,
+    seed: int = 0,
 ) -> Case:
     rng = np.random.default_rng(seed)
-    tiles = tile(random_matrix(rng, N, K, bits=bits, block=block, offsets=offsets))
+    tiles = tile(random_matrix(rng, N, K, bits=bits, block=block, offsets=offsets, scales=scales))
     return matrix_case("QuantEmbedding", tiles, {"ids": rng.integers(0, N, (1, tokens))}, {}, {})
 
 

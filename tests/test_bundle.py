@@ -31,7 +31,7 @@ from edgekit.runtime.session import Session
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good bundle, not to be changed."""
     path = tmp_path_factory.mktemp("bundle") / "whole"
-    export(rounded(tiny_checkpoint(), Grid(4, 32, symmetric=True)), path, target=TARGETS["portable"])
+    export(rounded(tiny_checkpoint(), Grid(4, 32, "symmetric")), path, target=TARGETS["portable"])
     return path
 
 
@@ -66,7 +66,7 @@ def test_it_opens_and_answers(whole: Path) -> None:
 def test_a_spec_survives_its_json() -> None:
     spec = DecoderSpec("a", "x86", 10, 20, (LayerCache(1, 16), LayerCache(2, 32)), (1, 2), 3, 4, "edgekit")
     data = json.loads(spec.to_json())
-    assert data["layers"][1] == {"kv_heads": 2, "head_dim": 32}
+    assert data["layers"][1] == {"kv_heads": 2, "head_dim": 32, "sparse": False}
     assert data == json.loads(json.dumps(dataclasses.asdict(spec)))
 
 

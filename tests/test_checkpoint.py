@@ -34,6 +34,7 @@ from edgekit.checkpoint import (
 from edgekit.errors import ModelError
 from edgekit.manifest import Manifest, record_files
 from edgekit.model.sources import open_model
+from edgekit.quant.grid import Grid, round_to_grid
 from edgekit.weight import Dense, Quantized, pack, unpack
 
 # --- packed codes -----------------------------------------------------------------------------------------------------
@@ -92,13 +93,44 @@ def test_dense_is_scale_times_code_minus_zero(rows: int, columns: int, block: in
             assert values[row, column] == np.float32(weight.scales[row, b]) * np.float32(code - zero)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_are_a_stream_of_bits_the_low_ones_first(bits: int) -> None:
+    codes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 9], np.uint8) & np.uint8((1 << bits) - 1)
+    stream = sum(int(code) << (bits * index) for index, code in enumerate(codes))
+    assert pack(codes, bits).tobytes() == stream.to_bytes(-(-9 * bits // 8), "little")
+    np.testing.assert_array_equal(unpack(pack(codes, bits), bits)[:9], codes)
+
+
+def test_three_bits_to_the_byte() -> None:
+    """Codes 0, 1 ... 7 are 000 100 010 110 ... when the low bits are written first."""
+    assert pack(np.arange(8, dtype=np.uint8), 3).tolist() == [0b10001000, 0b11000110, 0b11111010]
+
+
+@pytest.mark.parametrize("scales", ["float16", "int8"])
+@pytest.mark.parametrize("offset", ["symmetric", "zero", "minimum"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_every_storage_is_read_as_it_was_written(tmp_path: Path, bits: Any, offset: Any, scales: Any) -> None:
+    plain = open_model(str(tiny_folder(tmp_path / "tiny", tied=False)))
+    path = "model.layers.0.mlp.up_proj"
+    weight = round_to_grid(plain.weight(path).dense(), Grid(bits, 64, offset, scales), where=path)
+    entries = write_block(tmp_path / "model.safetensors", Block("layers.0", {path: weight}))
+    ours = dataclasses.replace(plain, tensors=SafetensorsReader(tmp_path), structure=entries)
+    read = ours.weight(path)
+    assert isinstance(read, Quantized)
+    assert ours.blocks == {"layers.0": ((path,), ())}
+    for name, value in vars(weight).items():
+        np.testing.assert_array_equal(getattr(read, name), value)
+
+
 CODES, SCALES = np.zeros((2, 3, 16), np.uint8), np.ones((2, 3), np.float16)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 3}, "4 or 8 bits in whole bytes: got 3 bits"),
+        ({"bits": 7}, "2, 3, 4, 5, 6 or 8 bits in whole bytes: got 7 bits"),
+        ({"bits": 3, "block": 33}, "got 3 bits, block 33"),
+        ({"bits": 3}, "must have shape"),
         ({"block": 0}, "got 4 bits, block 0"),
         ({"bits": 8}, "must have shape"),
         ({"columns": 97}, "with 4 blocks"),
@@ -107,6 +139,14 @@ CODES, SCALES = np.zeros((2, 3, 16), np.uint8), np.ones((2, 3), np.float16)
         ({"codes": CODES.astype(np.float32)}, "must be uint8"),
         ({"codes": CODES[0]}, "must be uint8"),
         ({"zeros": np.zeros((2, 3), np.uint8)}, "packed by row"),
+        ({"zeros": np.zeros((2, 2), np.int8)}, "packed by row: got int8"),
+        ({"scales": SCALES.astype(np.float32)}, "got float32 without steps"),
+        ({"scales": SCALES.astype(np.uint8)}, "got uint8 without steps"),
+        ({"steps": SCALES[:, :1]}, "got float16 with steps"),
+        ({"minima": SCALES.astype(np.int8)}, "got float16 and int8 without steps"),
+        ({"scales": SCALES.astype(np.uint8), "steps": SCALES[:, :2]}, r"must be float16 .2, 1.: got float16 .2, 2."),
+        ({"scales": SCALES.astype(np.uint8), "steps": np.ones((2, 1), np.float32)}, "got float32 .2, 1."),
+        ({"minima": SCALES[:1]}, "minima must stand alone, one a scale"),
     ],
 )
 def test_a_quantised_matrix_that_contradicts_itself(changes: dict[str, Any], message: str) -> None:
@@ -249,7 +289,7 @@ UP = "model.layers.1.mlp.up_proj"
     ("change", "message"),
     [
         ({"kind": "lowrank"}, "kind must be one of quantized: got 'lowrank'"),
-        ({"bits": 3}, "codes must have 4 or 8 bits"),
+        ({"bits": 3}, "must have shape"),
         ({"bits": "4"}, "bits must be an integer"),
         ({"block": 64}, "must have shape"),
         ({"block": 0}, "all positive"),

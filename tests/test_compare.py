@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from edgekit.errors import UserError
-from edgekit.profile.compare import compare
+from edgekit.profile.compare import compare, judge_pairs, machine_moved
+from edgekit.profile.pace import COMPUTING, READING
 from edgekit.report import Measurement, Report
 
 
@@ -127,3 +128,67 @@ def test_reports_of_different_machines_are_refused_unless_forced(machine, messag
 def test_versions_and_subjects_may_differ():
     (found,) = compare(report(FEW), report(MORE, versions={"edgekit": "9"}, subject="other"))
     assert found.verdict == "slower"
+
+
+# --- what shifts a whole run ------------------------------------------------------------------------------------------
+
+
+def run(level: float, generator: np.random.Generator, *, pace: float = 1.0, slope: float = 0.0, n: int = 8) -> Report:
+    """A report of a rate on a machine at `pace`, which changes by `slope` within the run."""
+    change = np.linspace(-slope / 2, slope / 2, n)
+    noise = {name: np.exp(0.01 * generator.normal(size=n) + change) for name in ("pp8", READING, COMPUTING)}
+    samples = {
+        "pp8": tuple(level * pace * noise["pp8"]),
+        READING: tuple(40 * pace * noise[READING]),
+        COMPUTING: tuple(2 * noise[COMPUTING]),
+    }
+    units = {"pp8": "tok/s", READING: "GB/s", COMPUTING: "Gop/s"}
+    rows = tuple(Measurement(name, float(np.median(x)), units[name], n=n) for name, x in samples.items())
+    return Report("r", rows, samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"pace": 0.7}, "cannot tell"),  # the machine slowed down, the model did not
+        ({"pace": 0.7}, {}, "cannot tell"),
+        ({}, {"level": 90.0}, "slower"),  # the model did, on an equal machine
+        ({"level": 90.0}, {}, "faster"),
+        ({}, {"level": 70.0, "pace": 0.9}, "slower"),  # both did, the model by more
+        ({"slope": 0.3}, {"level": 90.0, "slope": 0.3}, "cannot tell"),  # less than what drifts within the runs
+        ({"slope": 0.03}, {"level": 85.0, "slope": 0.03}, "slower"),
+    ],
+)
+def test_what_the_machine_did_is_no_verdict_on_the_model(before, after, told):
+    generator = np.random.default_rng(3)
+    words = []
+    for _ in range(20):
+        reports = [run(**{"level": 100.0, "generator": generator, **options}) for options in (before, after)]
+        words.append(compare(*reports)[0].verdict)
+    assert words.count(told) >= 19
+
+
+def test_the_factors_by_which_the_machine_moved_are_told():
+    generator = np.random.default_rng(0)
+    moved = machine_moved(run(1.0, generator), run(1.0, generator, pace=0.5))
+    assert moved == (pytest.approx(0.5, rel=0.05), pytest.approx(1.0, rel=0.05))
+    assert machine_moved(report(FEW), report(MORE)) == ()
+
+
+@pytest.mark.parametrize(("wander", "noise"), [(0.3, 0.01), (0.0, 0.05)])
+def test_pairs_tell_a_tenth_and_do_not_tell_nothing(wander, noise):
+    """The machine wanders by 30% from pair to pair, which both of a pair share."""
+    generator = np.random.default_rng(1)
+    equal, slower = [], []
+    for _ in range(100):
+        shared = np.exp(wander * generator.normal(size=8))
+        a, b = (100 * shared * np.exp(noise * generator.normal(size=8) / 3) for _ in range(2))
+        equal.append(judge_pairs("x", "tok/s", tuple(a), tuple(b)).verdict)
+        slower.append(judge_pairs("x", "tok/s", tuple(a), tuple(0.9 * b)).verdict)
+    assert equal.count("cannot tell") >= 95
+    assert slower.count("slower") >= 90
+
+
+def test_too_few_pairs_cannot_tell():
+    found = judge_pairs("x", "ms", FEW, MORE)
+    assert (found.verdict, found.note) == ("cannot tell", "5 repetitions are too few, 6 on each side are the least")

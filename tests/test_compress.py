@@ -103,8 +103,8 @@ def test_the_weights_are_those_that_the_steps_give(model: Path, tmp_path: Path) 
     opened = open_checkpoint(output)
     assert set(opened.structure) == {m for modules, _ in source.blocks.values() for m in modules}
     for module, grid in (
-        ("model.embed_tokens", Grid(8, 32, True)),
-        ("model.layers.2.mlp.down_proj", Grid(4, 32, False)),
+        ("model.embed_tokens", Grid(8, 32, "symmetric")),
+        ("model.layers.2.mlp.down_proj", Grid(4, 32, "zero")),
     ):
         expected, written = round_to_grid(source.weight(module).dense(), grid, where=module), opened.weight(module)
         assert isinstance(written, Quantized)
@@ -332,11 +332,11 @@ def test_a_pattern_that_matches_nothing_stops_before_anything_is_written(model: 
 
 @dataclasses.dataclass(frozen=True)
 class Needy(Int4):
-    needs: ClassVar[Any] = "activations"
+    needs: ClassVar[Any] = "model"
 
 
-def test_a_step_that_needs_more_than_weights_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"quant\.int4 needs activations"):
+def test_a_step_that_needs_a_whole_model_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"quant\.int4 works on a whole model"):
         compress(open_model(str(model)), Recipe("needy", "", (Needy(),)), tmp_path / "small")
 
 

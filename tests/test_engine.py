@@ -36,16 +36,16 @@ def expected() -> Floats:
 def test_the_cache_is_written_in_place(engine: Engine) -> None:
     """onnxruntime's outputs are our buffers: a token writes its own row of each and touches nothing else."""
     engine.rewind(0)
-    for buffer, _ in engine._cache:
+    for buffer, _ in engine._cache.values():
         buffer[:] = -7.0
     engine.forward(IDS)
-    before = [buffer.copy() for buffer, _ in engine._cache]
+    before = [buffer.copy() for buffer, _ in engine._cache.values()]
     engine.forward([9])
     outputs = engine._binding.get_outputs()
     assert [output.data_ptr() for output in outputs if output.data_ptr() != engine._logits.ctypes.data] == [
-        buffer.ctypes.data for buffer, _ in engine._cache
+        buffer.ctypes.data for buffer, _ in engine._cache.values()
     ]
-    for (buffer, _), old in zip(engine._cache, before, strict=True):
+    for (buffer, _), old in zip(engine._cache.values(), before, strict=True):
         row = len(IDS)
         assert np.array_equal(buffer[:, :, :row], old[:, :, :row])
         assert (buffer[:, :, row] != -7.0).all()
@@ -54,7 +54,7 @@ def test_the_cache_is_written_in_place(engine: Engine) -> None:
 
 def test_what_lies_behind_the_sequence_has_no_effect(engine: Engine, expected: Floats) -> None:
     engine.rewind(0)
-    for buffer, _ in engine._cache:
+    for buffer, _ in engine._cache.values():
         buffer[:] = np.nan
     for size in (10, 1, 5):
         start = len(engine.tokens)
@@ -100,13 +100,13 @@ def test_the_context_can_be_filled_to_its_end(engine: Engine, expected: Floats) 
 def test_overflow_says_both_numbers_and_changes_nothing(engine: Engine) -> None:
     engine.rewind(0)
     engine.forward(LONG[:60])
-    before = [buffer.copy() for buffer, _ in engine._cache]
+    before = [buffer.copy() for buffer, _ in engine._cache.values()]
     with pytest.raises(ContextOverflow, match="65 tokens, limit 64") as caught:
         engine.forward(LONG[60:65])
     assert (caught.value.prompt_tokens, caught.value.limit) == (65, CONTEXT)
     assert caught.value.would_need_bytes == 65 * 2 * 2 * 4 * 2 * 16  # layers, key and value, float32, heads, channels
     assert engine.tokens == LONG[:60]
-    for (buffer, _), old in zip(engine._cache, before, strict=True):
+    for (buffer, _), old in zip(engine._cache.values(), before, strict=True):
         assert np.array_equal(buffer[:, :, :60], old[:, :, :60])
     assert engine.forward(LONG[60:64], keep=4).shape == (4, 384)
 

@@ -93,14 +93,14 @@ def test_what_happened_before_is_carried_over(tmp_path: Path) -> None:
 
 
 def test_the_same_checkpoint_gives_the_same_weights_graph_and_spec(tmp_path: Path) -> None:
-    checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, symmetric=False))
+    checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, "zero"))
     one, two = (export(checkpoint, tmp_path / name, target=X86).files for name in ("one", "two"))
     changing = {"report.json"}
     assert {n: r for n, r in one.items() if n not in changing} == {n: r for n, r in two.items() if n not in changing}
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("grid", [None, Grid(4, 32, symmetric=True), Grid(8, 32, symmetric=False)], ids=str)
+@pytest.mark.parametrize("grid", [None, Grid(4, 32, "symmetric"), Grid(8, 32, "zero")], ids=str)
 def test_every_target_passes_its_parity_check(tmp_path: Path, name: str, grid: Grid | None) -> None:
     checkpoint = tiny_checkpoint("Qwen2ForCausalLM")
     if grid is not None:

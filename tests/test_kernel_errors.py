@@ -37,6 +37,8 @@ LEAST = linear_case(33, 70, offsets="minima")
 NORM = norm_case(33, 70, biased=True)
 GATED = norm_case(34, 70, gated=True)
 WORDS = embedding_case(33, 70)
+SMALL = norm_case(33, 70, bits=3, offsets="minima", scales="int8")
+SMALL_TABLE = embedding_case(33, 70, bits=5, scales="int8")
 ATTEND = attention_case(tokens=3, first=5, kv_heads=2, group=3, head_dim=32)
 NORMED = attention_case(tokens=3, first=5, kv_heads=2, group=3, head_dim=32, normed=True)
 
@@ -51,6 +53,10 @@ def floats(*shape: int) -> Array:
 
 def places(*values: int) -> Array:
     return np.array(values, np.int32)
+
+
+def signed(*shape: int) -> Array:
+    return np.zeros(shape, np.int8)
 
 
 def octets(*shape: int, value: int = 0) -> Array:
@@ -86,8 +92,22 @@ WRONG: dict[str, tuple[Case, str]] = {
     "K of nothing": (LINEAR.changed(K=0), "K must be from 1 to 16777216: got 0"),
     "K too large": (LINEAR.changed(K=97), r"codes must have 3072 elements: got 2304"),
     "both at the limit": (LINEAR.changed(N=2**24, K=2**24), r"codes must have 140737488355328 elements: got 2304"),
-    "5 bits": (LINEAR.changed(bits=5), "bits must be 4 or 8: got 5"),
-    "2 bits": (LINEAR.changed(bits=2), "bits must be from 4 to 8: got 2"),
+    "7 bits": (LINEAR.changed(bits=7), "bits must be 2, 3, 4, 5, 6 or 8: got 7"),
+    "1 bit": (LINEAR.changed(bits=1), "bits must be from 2 to 8: got 1"),
+    "5 bits of 4": (LINEAR.changed(bits=5), "codes must have 2880 elements: got 2304"),
+    "3 bits of 4": (LINEAR.changed(bits=3), "codes must have 1728 elements: got 2304"),
+    "scales of floats": (LINEAR.changed(scales=floats(3, 3, 16)), "scales must be of element type 10 or 2: got 1"),
+    "minima of octets": (LEAST.changed(minima=octets(3, 3, 16)), "minima must be of element type 10 or 3: got 2"),
+    "small minima alone": (LEAST.changed(minima=signed(3, 3, 16)), "type 3 do not go with scales of 10"),
+    "small scales alone": (LEAST.changed(scales=octets(3, 3, 16)), "type 10 do not go with scales of 2"),
+    "small scales, one step": (LINEAR.changed(scales=octets(3, 3, 16)), "steps must be 48 numbers .* got 1"),
+    "a step beside halves": (LINEAR.changed(steps=half(1)), "must be a single one: got 1"),
+    "steps beside halves": (LINEAR.changed(steps=half(3, 1, 16)), "must be a single one: got 48"),
+    "few steps": (SMALL.changed(steps=half(3, 1, 16)), "steps must be 96 numbers .* got 48"),
+    "many steps": (SMALL_TABLE.changed(steps=half(3, 2, 16)), "steps must be 48 numbers .* got 96"),
+    "few small scales": (SMALL.changed(scales=octets(3, 2, 16)), "scales must have 144 elements: got 96"),
+    "few small minima": (SMALL.changed(minima=signed(3, 2, 16)), "minima must be 144 .* got 96"),
+    "a single small minimum": (SMALL_TABLE.changed(minima=signed(1) + 1), "minima must be 144 .* a single zero"),
     "block of 48": (LINEAR.changed(block=48), "block must be 32, 64 or 128: got 48"),
     "block of 256": (LINEAR.changed(block=256), "block must be from 32 to 128: got 256"),
     "odd gate": (GATED.changed(N=33), "as many gate rows as up rows: N is 33"),
@@ -123,6 +143,8 @@ WRONG: dict[str, tuple[Case, str]] = {
 }  # fmt: skip
 for name in ("codes", "scales", "zeros", "minima", "bias"):
     WRONG[f"{name} not constant"] = (fed_weights(LINEAR, name), f"input {name} must be a constant of the model")
+for given in (SMALL, SMALL_TABLE):
+    WRONG[f"steps of {given.op} not constant"] = (fed_weights(given, "steps"), "steps must be a constant of the model")
 WRONG["norm not constant"] = (fed_weights(NORM, "norm"), "input norm must be a constant of the model")
 WRONG["head norm not constant"] = (fed_weights(NORMED, "k_norm"), "input k_norm must be a constant of the model")
 for case in (LINEAR, GATED, WORDS, NORMED):

@@ -16,6 +16,7 @@ from kernel_cases import (
     Case,
     Extra,
     Offsets,
+    Scales,
     assert_close,
     assert_native,
     attention_case,
@@ -51,23 +52,27 @@ def test_the_paths_are_there_and_an_unknown_one_is_not() -> None:
 
 SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 575, 577, 1023)
 ROWS = (0, 1, 2, 7, 8, 9, 17, 64, 65, 70)
-KINDS = list(itertools.product((4, 8), (32, 64, 128), ("symmetric", "zeros", "minima")))
-# Every kind twice, every size as N and as K, every number of rows: strides that are coprime to the lists' lengths.
+KINDS = list(
+    itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128), ("symmetric", "zeros", "minima"), ("float16", "int8"))
+)
+# Every kind, every size as N and as K, every number of rows: strides that are coprime to the lists' lengths.
 TABLE = [
     (*KINDS[i % len(KINDS)], SIZES[3 * i % len(SIZES)], SIZES[(7 * i + 3) % len(SIZES)], ROWS[3 * i % len(ROWS)])
-    for i in range(2 * len(KINDS))
+    for i in range(len(KINDS))
 ]
 
 
 def test_the_table_covers_all_sizes() -> None:
-    for column, values in ((3, SIZES), (4, SIZES), (5, ROWS)):
+    for column, values in ((4, SIZES), (5, SIZES), (6, ROWS)):
         assert {row[column] for row in TABLE} == set(values)
-    assert {row[:3] for row in TABLE} == set(KINDS)
+    assert {row[:4] for row in TABLE} == set(KINDS)
 
 
-@pytest.mark.parametrize(("bits", "block", "offsets", "N", "K", "rows"), TABLE)
-def test_products_are_as_defined(bits: int, block: int, offsets: Offsets, N: int, K: int, rows: int) -> None:
-    kind: dict[str, Any] = {"bits": bits, "block": block, "offsets": offsets, "rows": rows}
+@pytest.mark.parametrize(("bits", "block", "offsets", "scales", "N", "K", "rows"), TABLE)
+def test_products_are_as_defined(
+    bits: int, block: int, offsets: Offsets, scales: Scales, N: int, K: int, rows: int
+) -> None:
+    kind: dict[str, Any] = {"bits": bits, "block": block, "offsets": offsets, "scales": scales, "rows": rows}
     extra: tuple[Extra, ...] = ("nothing", "bias", "residual", "both")
     mode = native_mode(rows)
     assert_native(linear_case(N, K, **kind, extra=extra[(N + K) % 4]), activations=mode)
@@ -82,11 +87,11 @@ def test_bias_and_residual_are_added(N: int, rows: int, extra: Extra) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 65])
-@pytest.mark.parametrize(("bits", "block", "offsets"), KINDS)
-def test_the_largest_codes_do_not_overflow(bits: int, block: int, offsets: Offsets, rows: int) -> None:
+@pytest.mark.parametrize(("bits", "block", "offsets", "scales"), KINDS)
+def test_the_largest_codes_do_not_overflow(bits: int, block: int, offsets: Offsets, scales: Scales, rows: int) -> None:
     """All codes at their ends and all activations at their peak: sums of 16 bits on the way would saturate."""
     rng = np.random.default_rng(0)
-    weight = random_matrix(rng, 16, 256, bits=bits, block=block, offsets=offsets)
+    weight = random_matrix(rng, 16, 256, bits=bits, block=block, offsets=offsets, scales=scales)
     codes = np.zeros_like(weight.codes)
     codes[::2] = 255
     weight = replace(weight, codes=codes, scales=np.ones_like(weight.scales))
@@ -119,9 +124,19 @@ def test_any_leading_dimensions_are_rows(shape: tuple[int, ...]) -> None:
         assert_native(linear_case(17, 40, extra=extra).changed(x=x), activations="int16")
 
 
-@pytest.mark.parametrize(("bits", "block", "offsets", "N", "K", "tokens"), TABLE)
-def test_embeddings_are_exact(bits: int, block: int, offsets: Offsets, N: int, K: int, tokens: int) -> None:
-    assert_native(embedding_case(N, K, bits=bits, block=block, offsets=offsets, tokens=tokens), tolerance=0)
+@pytest.mark.parametrize(("bits", "block", "offsets", "scales", "N", "K", "tokens"), TABLE)
+def test_embeddings_are_exact(
+    bits: int, block: int, offsets: Offsets, scales: Scales, N: int, K: int, tokens: int
+) -> None:
+    kind: dict[str, Any] = {"bits": bits, "block": block, "offsets": offsets, "scales": scales}
+    assert_native(embedding_case(N, K, **kind, tokens=tokens), tolerance=0)
+
+
+@pytest.mark.parametrize("case", [linear_case(33, 70), norm_case(34, 70, gated=True), embedding_case(33, 70)])
+def test_models_of_before_there_were_steps_run(case: Case) -> None:
+    old = case.model()
+    del old.graph.node[0].input[-1]
+    assert np.array_equal(open_session(old, native=True).run(None, case.inputs)[0], run_natively(case)[0])
 
 
 def test_ids_may_have_any_shape() -> None:

@@ -40,27 +40,42 @@ LAYERS = {
     "core": Layer("__init__ errors folder schema manifest report device host", "", "rich"),
     "bundle": Layer("bundle", "core", "numpy"),
     "weight": Layer("weight", "core", "numpy"),
-    "kernels": Layer("kernels", "core weight", "numpy onnxruntime"),
-    "profile": Layer("profile", "core bundle runtime", "numpy psutil tokenizers"),
+    "kernels": Layer("kernels", "core bundle weight", "numpy onnxruntime"),
+    "profile": Layer("profile", "core bundle kernels runtime", "numpy onnxruntime tokenizers"),
     "runtime": Layer("runtime", "core bundle weight kernels profile", "numpy onnxruntime tokenizers jinja2"),
     # convert: what makes a bundle, without torch
     "functions": Layer("kernels.functions", "core kernels", "onnx"),
-    "config": Layer("model.config model.rope", "core", "numpy"),
+    "config": Layer("model.config model.rope model.encoder_config", "core", "numpy"),
     "checkpoint": Layer("checkpoint", "core weight config", "numpy safetensors ml_dtypes"),
     "model": Layer("model", "core weight config checkpoint", "numpy gguf tokenizers huggingface_hub"),
     "step": Layer("step recipe", "core weight config checkpoint", "numpy"),
-    "quant": Layer("quant", "core weight config checkpoint model step", "numpy"),
-    "compress": Layer("compress journal", "core weight config checkpoint step", "psutil safetensors"),
+    "quant": Layer("quant", "core weight config checkpoint model step sensitivity", "numpy"),
+    "compress": Layer("compress journal", "core weight config checkpoint step calibrate", "psutil safetensors torch"),
+    # compress: what needs activations; the layers above import it late
+    "calibration": Layer(
+        "model.torch_view model.calibration", "core weight config checkpoint model step", "numpy torch tokenizers"
+    ),
+    "calibrate": Layer("calibrate", "core weight config checkpoint model step calibration", "numpy psutil safetensors"),
+    "sensitivity": Layer(
+        "quant.sensitivity",
+        "core weight config checkpoint model step calibration calibrate quant",
+        "numpy torch",
+    ),
     "export": Layer(
         "export",
         "core bundle weight kernels functions config checkpoint model runtime",
         "numpy onnx onnxruntime tokenizers",
     ),
+    "heal": Layer(
+        "heal",
+        "core weight config checkpoint model step calibration quant compress evaluate runtime",
+        "numpy torch safetensors tokenizers rich",
+    ),
     # on top
     "evaluate": Layer("evaluate", "core bundle weight runtime export model", "numpy tokenizers"),
     "cli": Layer(
         "cli",
-        "core bundle weight kernels profile runtime checkpoint model step compress export evaluate",
+        "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal",
         "click rich",
     ),
 }
@@ -203,7 +218,7 @@ def test_the_block_blocks() -> None:
 
 
 def test_a_bundle_runs_with_the_light_install(tmp_path: Path) -> None:
-    checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, symmetric=True))
+    checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, "symmetric"))
     export(checkpoint, tmp_path / "bundle", target=TARGETS["portable"])
     code = """
 import sys

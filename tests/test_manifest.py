@@ -175,7 +175,7 @@ def test_a_folder_without_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(kind="virus"), "kind must be one of checkpoint, bundle: got 'virus'"),
+        (lambda data: data.update(kind="virus"), "kind must be one of checkpoint, bundle, onnx: got 'virus'"),
         (lambda data: data.update(sed=1), "unknown key 'sed'; did you mean 'seed'"),
         (lambda data: data["files"]["a.bin"].pop("sha256"), r"files\.a\.bin: the key 'sha256' is missing"),
         (lambda data: data["files"].update(x="y"), r"files\.x must be a table"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekit.profile.memory import Memory, PeakMemory, available_bytes, read_memory
+from edgekit.profile.memory import Memory, PeakMemory, available_bytes, mapped_bytes, read_faults, read_memory
 
 ROLLUP = """5594b9252000-7ffcb24d5000 ---p 00000000 00:00 0                          [rollup]
 Rss:              900 kB
@@ -206,3 +206,54 @@ def test_an_error_in_the_block_ends_the_thread_and_passes_on():
     with pytest.raises(ZeroDivisionError), PeakMemory() as peak:
         raise ZeroDivisionError
     assert not peak._thread.is_alive()
+
+
+SMAPS = """55d5dc9a6000-55d5dca00000 r--p 00000000 08:01 4242     /usr/lib/libfoo.so.1
+Rss:                 100 kB
+Pss:                  40 kB
+55d5dca00000-55d5dcb00000 r-xp 00000000 08:01 4242     /usr/lib/libfoo.so.1
+Pss:                   2 kB
+7f0000000000-7f0000001000 r--s 00000000 08:01 77       /data/a model/model.onnx.data
+Pss:                 900 kB
+7f0000100000-7f0000200000 rw-p 00000000 00:00 0
+Pss:                  64 kB
+Pss_Dirty:            64 kB
+7ffe88b6d000-7ffe88b8e000 rw-p 00000000 00:00 0                          [stack]
+Pss:                  12 kB
+"""
+
+
+def test_mappings_are_added_up_by_what_backs_them(tmp_path):
+    grow(tmp_path, {"proc/self/smaps": SMAPS})
+    assert mapped_bytes(tmp_path) == {
+        "/usr/lib/libfoo.so.1": 42 * 1024, "/data/a model/model.onnx.data": 900 * 1024, "": 64 * 1024, "[stack]": 12 *
+        1024,
+    }  # fmt: skip
+    assert mapped_bytes(tmp_path / "absent") == {}
+
+
+def test_the_mappings_of_this_process_add_up_to_its_pss():
+    whole = read_memory().pss_bytes
+    if whole is None:
+        pytest.skip("this kernel does not tell PSS")
+    assert sum(mapped_bytes().values()) == pytest.approx(whole, rel=0.05)
+
+
+def test_faults_only_rise_and_fresh_pages_make_them():
+    before = read_faults()
+    with mmap.mmap(-1, 4 << 20) as pages:
+        for at in range(0, len(pages), 4096):
+            pages[at] = 1
+    after = read_faults()
+    assert after.minor > before.minor
+    assert after.major >= before.major
+
+
+def test_readings_are_kept_also_those_after_the_block(tmp_path):
+    proc = grow(tmp_path, {"proc/self/smaps_rollup": ROLLUP, "proc/self/status": STATUS})
+    with PeakMemory(hz=0.01, root=proc) as peak:
+        pass
+    grow(proc, {"proc/self/smaps_rollup": ROLLUP.replace("Pss:              700", "Pss:             5000")})
+    assert peak.look().pss_bytes == peak.peak_pss_bytes == 5000 * 1024
+    assert [memory.pss_bytes for _, memory in peak.history] == [700 * 1024, 700 * 1024, 5000 * 1024]
+    assert peak.history == sorted(peak.history, key=lambda reading: reading[0])

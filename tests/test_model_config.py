@@ -123,7 +123,7 @@ def test_one_fact(changes: dict[str, Any], name: str, expected: object) -> None:
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number: got nan"),
         ({"rope_parameters": [1]}, "rope_parameters must be a table"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling must be default, linear or llama3: .* says 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling must be one of .* says 'longrope'"),
         ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta must be a positive number: got inf"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor must be a positive number: got 0"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "original_max_position_embeddings must be a positive integer"),

@@ -26,10 +26,14 @@ needs_kernels = pytest.mark.skipif(library_path() is None, reason="this install 
 NATIVE = find_target(host_target())
 IDS = list(np.random.default_rng(3).integers(0, 384, 100))
 GRIDS = [
-    Grid(4, 32, symmetric=True),
-    Grid(4, 64, symmetric=False),
-    Grid(8, 32, symmetric=True),
-    Grid(8, 32, symmetric=False),
+    Grid(4, 32, "symmetric"),
+    Grid(4, 64, "zero"),
+    Grid(8, 32, "symmetric"),
+    Grid(8, 32, "zero"),
+    Grid(3, 32, "minimum", "int8"),
+    Grid(2, 64, "minimum", "int8"),
+    Grid(6, 32, "zero", "int8"),
+    Grid(5, 32, "minimum", "int8"),
 ]
 
 PROMPTS = (
@@ -76,11 +80,20 @@ def test_native_logits_are_those_of_the_reference(tmp_path: Path, architecture: 
 
 
 @needs_kernels
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("architecture", "grid"),
+    [
+        ("LlamaForCausalLM", Grid(4, 32, "zero")),
+        ("Qwen2ForCausalLM", Grid(4, 32, "zero")),
+        ("Qwen3ForCausalLM", Grid(5, 32, "minimum", "int8")),
+        ("LlamaForCausalLM", Grid(3, 32, "minimum", "int8")),
+        ("LlamaForCausalLM", Grid(6, 32, "zero", "int8")),
+    ],
+)
 def test_the_same_file_runs_on_stock_onnxruntime(
-    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, architecture: str, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = native_model(architecture, Grid(4, 32, symmetric=False))
+    checkpoint = native_model(architecture, grid)
     export(checkpoint, tmp_path / "bundle", target=NATIVE)
     monkeypatch.setenv("EDGEKIT_KERNELS", "off")
     spec = Bundle.open(tmp_path / "bundle").spec
@@ -105,12 +118,12 @@ def test_a_model_with_some_float_matrices_runs_natively(tmp_path: Path) -> None:
 
 def test_float_models_and_odd_heads_use_stock_operators() -> None:
     assert not runs_natively(tiny_checkpoint(head_dim=16))
-    assert runs_natively(native_model("LlamaForCausalLM", Grid(4, 32, symmetric=True)))
+    assert runs_natively(native_model("LlamaForCausalLM", Grid(4, 32, "symmetric")))
 
 
 def test_without_kernels_export_writes_a_stock_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_KERNELS", "off")
-    export(native_model("LlamaForCausalLM", Grid(4, 32, symmetric=True)), tmp_path / "bundle", target=NATIVE)
+    export(native_model("LlamaForCausalLM", Grid(4, 32, "symmetric")), tmp_path / "bundle", target=NATIVE)
     assert Bundle.open(tmp_path / "bundle").spec.operators == "stock"
 
 

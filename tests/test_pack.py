@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Offsets, random_matrix
+from kernel_cases import Offsets, Scales, random_matrix
 
 from edgekit.errors import ModelError
 from edgekit.kernels.pack import LANES, Tiles, interleave, separate, tile, untile
@@ -17,12 +17,21 @@ from edgekit.quant.grid import Grid, round_to_grid
 from edgekit.weight import Quantized, pack
 
 KINDS = st.sampled_from(["symmetric", "zeros", "minima"])
+STORED = st.sampled_from(["float16", "int8"])
 
 
 def matrix(
-    rows: int, columns: int, *, bits: int = 4, block: int = 32, offsets: Offsets = "symmetric", seed: int = 0
+    rows: int,
+    columns: int,
+    *,
+    bits: int = 4,
+    block: int = 32,
+    offsets: Offsets = "symmetric",
+    scales: Scales = "float16",
+    seed: int = 0,
 ) -> Quantized:
-    return random_matrix(np.random.default_rng(seed), rows, columns, bits=bits, block=block, offsets=offsets)
+    rng = np.random.default_rng(seed)
+    return random_matrix(rng, rows, columns, bits=bits, block=block, offsets=offsets, scales=scales)
 
 
 def assert_same(ours: Quantized | Tiles, theirs: Quantized | Tiles) -> None:
@@ -73,6 +82,29 @@ def test_bytes_at_8_bits() -> None:
     assert not tiles.codes[1, 0].reshape(16, 16, 4)[:, 2:].any()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_bytes_in_planes(bits: int) -> None:
+    """Each group has the lines of its low plane and then of its high plane; line i of F holds the runs i, i + F ..."""
+    tiles = tile(two_groups(bits))
+    low = {2: 2, 3: 2, 5: 4, 6: 4}[bits]
+    group = tiles.codes[0, 0].reshape(2, bits, 16, 4)
+    for row, column in ((0, 0), (15, 3), (7, 14), (1, 31), (4, 60), (9, 37)):
+        run, at = column % 32 // 4, column % 4
+        lines = group[column // 32, :, row, at]
+        found = (lines[run % low] >> (low * (run // low))) & ((1 << low) - 1)
+        if high := bits - low:
+            found |= ((lines[low + run % high] >> (high * (run // high))) & ((1 << high) - 1)) << low
+        assert found == code(row, column, bits)
+
+
+def test_steps_have_a_lane_for_each_row() -> None:
+    tiles = tile(matrix(18, 64, offsets="minima", scales="int8"))
+    assert tiles.steps is not None
+    assert tiles.steps.shape == (2, 2, 16)
+    assert tiles.constants()[4] is tiles.steps
+    assert tile(matrix(18, 64)).constants()[4].tolist() == [[[1.0]]]
+
+
 def test_scales_and_offsets_have_a_lane_for_each_row() -> None:
     weight = two_groups(4)
     tiles = tile(replace(weight, zeros=(np.arange(18)[:, None] % 16).astype(np.uint8)))
@@ -100,13 +132,16 @@ def test_zero_points_are_a_byte_each() -> None:
 @given(
     rows=st.integers(1, 50),
     columns=st.integers(1, 300),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     block=st.sampled_from([32, 64, 128]),
     offsets=KINDS,
+    scales=STORED,
     seed=st.integers(0, 99),
 )
-def test_untile_undoes_tile(rows: int, columns: int, bits: int, block: int, offsets: Offsets, seed: int) -> None:
-    weight = matrix(rows, columns, bits=bits, block=block, offsets=offsets, seed=seed)
+def test_untile_undoes_tile(
+    rows: int, columns: int, bits: int, block: int, offsets: Offsets, scales: Scales, seed: int
+) -> None:
+    weight = matrix(rows, columns, bits=bits, block=block, offsets=offsets, scales=scales, seed=seed)
     tiles = tile(weight)
     assert len(tiles.codes) == -(-rows // LANES)
     assert_same(untile(tiles), weight)
@@ -114,10 +149,16 @@ def test_untile_undoes_tile(rows: int, columns: int, bits: int, block: int, offs
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 100), bits=st.sampled_from([4, 8]), offsets=KINDS)
-def test_separate_undoes_interleave(rows: int, columns: int, bits: int, offsets: Offsets) -> None:
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 100),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    offsets=KINDS,
+    scales=STORED,
+)
+def test_separate_undoes_interleave(rows: int, columns: int, bits: int, offsets: Offsets, scales: Scales) -> None:
     """Each half is padded to whole tiles apart, so the second never begins inside a tile."""
-    halves = [tile(matrix(rows, columns, bits=bits, offsets=offsets, seed=seed)) for seed in (1, 2)]
+    halves = [tile(matrix(rows, columns, bits=bits, offsets=offsets, scales=scales, seed=seed)) for seed in (1, 2)]
     both = interleave(*halves)
     assert both.rows == 2 * rows
     assert np.array_equal(both.codes[0], halves[0].codes[0])
@@ -128,7 +169,7 @@ def test_separate_undoes_interleave(rows: int, columns: int, bits: int, offsets:
 
 def test_values_survive() -> None:
     weight = round_to_grid(
-        np.random.default_rng(0).standard_normal((33, 577), np.float32), Grid(4, 32, False), where="W"
+        np.random.default_rng(0).standard_normal((33, 577), np.float32), Grid(4, 32, "zero"), where="W"
     )
     assert np.array_equal(untile(tile(weight)).dense(), weight.dense())
 
@@ -140,7 +181,7 @@ def test_values_survive() -> None:
 def test_constants_follow_the_table(bits: int) -> None:
     """A single zero point where all rows share it, a single zero where nothing is added."""
     plain, zeros, minima = (tile(matrix(17, 33, bits=bits, offsets=k)) for k in ("symmetric", "zeros", "minima"))
-    assert [part.tolist() for part in plain.constants()[2:]] == [[1 << (bits - 1)], [0]]
+    assert [part.tolist() for part in plain.constants()[2:4]] == [[1 << (bits - 1)], [0]]
     assert zeros.constants()[2] is zeros.offsets
     assert zeros.constants()[3].tolist() == [0]
     assert minima.constants()[2].tolist() == [0]
@@ -148,7 +189,7 @@ def test_constants_follow_the_table(bits: int) -> None:
     for tiles in (plain, zeros, minima):
         assert tiles.constants()[0] is tiles.codes
         assert tiles.constants()[1] is tiles.scales
-        assert [part.dtype for part in tiles.constants()] == [np.uint8, np.float16, np.uint8, np.float16]
+        assert [part.dtype for part in tiles.constants()] == [np.uint8, np.float16, np.uint8, np.float16, np.float16]
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -162,12 +203,13 @@ def test_blocks_of_part_of_a_group() -> None:
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (matrix(18, 64), "(17, 64, 4, 32, 'none') and (18, 64, 4, 32, 'none')"),
-        (matrix(17, 65), "(17, 65, 4, 32, 'none')"),
-        (matrix(17, 64, bits=8), "(17, 64, 8, 32, 'none')"),
-        (matrix(17, 64, block=64), "(17, 64, 4, 64, 'none')"),
+        (matrix(18, 64), "(17, 64, 4, 32, 'none', 'float16') and (18, 64, 4, 32, 'none', 'float16')"),
+        (matrix(17, 65), "(17, 65, 4, 32, 'none', 'float16')"),
+        (matrix(17, 64, bits=8), "(17, 64, 8, 32, 'none', 'float16')"),
+        (matrix(17, 64, block=64), "(17, 64, 4, 64, 'none', 'float16')"),
         (matrix(17, 64, offsets="zeros"), "'uint8'"),
-        (matrix(17, 64, offsets="minima"), "'float16'"),
+        (matrix(17, 64, offsets="minima"), "'float16', 'float16'"),
+        (matrix(17, 64, scales="int8"), "'none', 'uint8'"),
     ],
 )
 def test_a_gate_and_a_partner_that_differ(other: Quantized, named: str) -> None:

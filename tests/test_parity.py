@@ -62,7 +62,7 @@ def test_a_faithful_graph_passes_and_says_how_well(tmp_path: Path) -> None:
 
 
 def test_integer_activations_pass_their_bounds_and_not_the_float_ones(tmp_path: Path) -> None:
-    checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, symmetric=True))
+    checkpoint = rounded(tiny_checkpoint(), Grid(4, 32, "symmetric"))
     engine = engine_of(checkpoint, tmp_path, int8=True)
     kl, *_ = check_parity(checkpoint, engine, TWO, bounds=BOUNDS["int8"])
     assert kl.value is not None

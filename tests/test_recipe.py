@@ -9,15 +9,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import UserError
+from edgekit.quant.methods import Int4, Int8
 from edgekit.quant.rotate import Rotate
-from edgekit.quant.rounding import Int4, Int8
 from edgekit.recipe import Recipe, built_in_recipes, load_recipe
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
 patterns = st.lists(texts, max_size=3).map(tuple)
 steps = st.one_of(
     st.builds(Rotate),
-    st.builds(Int4, block=st.sampled_from([32, 64, 128]), symmetric=st.booleans(), skip=patterns),
+    st.builds(
+        Int4,
+        block=st.sampled_from([32, 64, 128]),
+        offset=st.sampled_from(["symmetric", "zero", "minimum"]),
+        skip=patterns,
+    ),
     st.builds(Int8, embedding=st.sampled_from(["int4", "int8", "keep"]), skip=patterns),
 )
 recipes = st.builds(
@@ -44,8 +49,8 @@ def test_each_built_in_recipe_loads_by_name_and_says_what_it_is(name: str) -> No
 
 def test_the_built_in_recipes_are_these() -> None:
     assert {"int4", "int8"} <= set(built_in_recipes())
-    assert load_recipe("int4").steps == (Int4(block=32, symmetric=False, embedding="int8"),)
-    assert load_recipe("int8").steps == (Int8(block=32, symmetric=True, embedding="int8"),)
+    assert load_recipe("int4").steps == (Int4(block=32, offset="zero", embedding="int8"),)
+    assert load_recipe("int8").steps == (Int8(block=32, offset="symmetric", embedding="int8"),)
 
 
 @settings(deadline=None)
@@ -70,7 +75,7 @@ def test_the_digest_is_of_the_meaning(tmp_path: Path) -> None:
     assert short == long
     others = {
         load_recipe(write(tmp_path, f'name = "x"\n{top}[[step]]\nuse = "quant.int4"\n{option}\n')).sha256
-        for top, option in (("", "block = 64"), ("", "symmetric = true"), ("seed = 1\n", ""), ("", 'skip = ["*"]'))
+        for top, option in (("", "block = 64"), ("", 'offset = "symmetric"'), ("seed = 1\n", ""), ("", 'skip = ["*"]'))
     }
     assert len(others | {short}) == 5
 
@@ -100,8 +105,11 @@ def test_the_digest_is_of_the_meaning(tmp_path: Path) -> None:
             r"mine\.toml, step\[0\]: block must be one of 32, 64, 128: got 48",
         ),
         ('name = "x"\n[[step]]\nuse = "quant.int4"\nblock = 32.0', r"step\[0\]: block must be one of .*got 32\.0"),
-        ('name = "x"\n[[step]]\nuse = "quant.int4"\nsymmetric = 1', "symmetric must be true or false: got 1"),
-        ('name = "x"\n[[step]]\nuse = "quant.int4"\nembedding = "int2"', "must be one of int4, int8, keep: got 'int2'"),
+        (
+            'name = "x"\n[[step]]\nuse = "quant.int4"\noffset = 1',
+            "offset must be one of symmetric, zero, minimum: got 1",
+        ),
+        ('name = "x"\n[[step]]\nuse = "quant.int4"\nembedding = "int7"', "must be one of int2, .*, keep: got 'int7'"),
         ('name = "x"\n[[step]]\nuse = "quant.int4"\nskip = [1]', r"skip\[0\] must be a string: got 1"),
         ('name = "x"\n[[step]]\nuse = "quant.rotate"\nseed = 1', "unknown key 'seed'"),
         ('name = "x"\nname = "y"', r"readable TOML file: .*mine\.toml"),

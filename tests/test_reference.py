@@ -84,8 +84,9 @@ def rounded(checkpoint: Checkpoint, grid: Grid, *, only: str = "") -> Checkpoint
     for module in [module for module in matrices if re.search(only, module)]:
         weight = round_to_grid(tensors.pop(f"{module}.weight"), grid, where=module)
         tensors |= {f"{module}.codes": weight.codes, f"{module}.scales": weight.scales}
-        if weight.zeros is not None:
-            tensors[f"{module}.zeros"] = weight.zeros
+        for leaf, part in (("zeros", weight.zeros), ("minima", weight.minima), ("steps", weight.steps)):
+            if part is not None:
+                tensors[f"{module}.{leaf}"] = part
         structure[module] = Entry("quantized", grid.bits, grid.block, weight.shape)
     return replace(checkpoint, tensors=Arrays(tensors), structure=structure)
 
@@ -165,7 +166,7 @@ def test_layers_may_differ_in_every_width() -> None:
 
 
 def test_quantised_weights_count_as_what_their_codes_stand_for() -> None:
-    codes = rounded(tiny_checkpoint(), Grid(4, 32, symmetric=False))
+    codes = rounded(tiny_checkpoint(), Grid(4, 32, "zero"))
     values = {f"{module}.weight": codes.weight(module).dense() for module in codes.structure}
     assert np.array_equal(forward(codes, [IDS])[0], forward(tiny_checkpoint(tensors=values), [IDS])[0])
 

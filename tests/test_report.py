@@ -1,7 +1,9 @@
+import csv
 import dataclasses
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from edgekit.errors import ModelError, UserError
-from edgekit.report import Measurement, Report, cells, digits, plain, print_report
+from edgekit.report import Measurement, Report, Row, Series, Table, cells, digits, plain, print_report
 
 ROWS = (
     Measurement("pp512", 432.123, "tok/s", n=10, spread=2.345),
@@ -221,3 +223,64 @@ def test_markdown_has_a_row_for_each_measurement():
 def test_importing_the_report_does_not_import_rich():
     code = "import sys, edgekit.report; sys.exit('rich' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+# --- series, tables, CSV ----------------------------------------------------------------------------------------------
+
+FULL = dataclasses.replace(
+    REPORT,
+    series={"memory": Series("time", "s", "MB", (0.0, 1.0), (5.0, 6.5))},
+    tables={
+        "sweep": Table("threads", ("prefill", "decode"), (Row("1", (10.0, 2.0)), Row("2 | x", (19.0, None))), "a note")
+    },
+    conditions={"kernel": "Linux 6"},
+    flags=("the machine was busy",),
+)
+
+
+def test_series_and_tables_go_through_json_and_every_rendering():
+    assert Report.from_json(FULL.to_json()) == FULL
+    text = FULL.to_markdown()
+    assert "## sweep\n\na note\n\n| threads | prefill | decode |\n|---|--:|--:|" in text
+    assert "| 2 \\| x | 19 | n/a |" in text
+    assert "the machine was busy" in text
+    text = shown(FULL)
+    assert "doubt: the machine was busy" in text
+    assert re.search(r"^2 \| x +19 +n/a", text, re.MULTILINE)
+    assert FULL.value("pp512") == 432.123
+    assert FULL.value("energy") is FULL.value("absent") is None
+
+
+def test_a_long_table_is_cut_on_a_terminal_and_nowhere_else():
+    long = Table("layer", ("ms",), tuple(Row(f"layer {index}", (1.0,)) for index in range(30)))
+    report = dataclasses.replace(FULL, tables={"layers": long})
+    assert "and 18 more, which the saved report holds" in shown(report)
+    assert report.to_markdown().count("| layer ") == 31
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"series": {"m": Series("t", "s", "MB", (0.0,), ())}}, "as many x as y: 'm' has 1 and 0"),
+        ({"series": {"m": Series("t", "s", "MB", (0.0,), (math.nan,))}}, "must be finite"),
+        ({"tables": {"t": Table("a", ("b",), (Row("r", ()),))}}, "its table's 1 columns: 'r' of 't' has 0"),
+        ({"tables": {"t": Table("a", ("b",), (Row("r", (math.inf,)),))}}, "must be finite"),
+    ],
+)
+def test_series_and_tables_that_cannot_be(changes, message):
+    with pytest.raises(ModelError, match=message):
+        dataclasses.replace(FULL, **changes)
+
+
+def test_csv_has_all_digits_and_no_formulas():
+    rows = (
+        dataclasses.replace(ROWS[0], value=1 / 3, note='a, "b"\nc'),
+        ROWS[2],
+        dataclasses.replace(ROWS[1], name="=1+1", unit="@x", note="-cmd"),
+    )
+    lines = list(csv.reader(io.StringIO(dataclasses.replace(REPORT, measurements=rows, samples={}).to_csv())))
+    assert lines[0] == ["subject", "measurement", "value", "unit", "spread", "n", "how", "note"]
+    assert float(lines[1][2]) == 1 / 3
+    assert lines[1][7] == 'a, "b" c'
+    assert lines[2][2] == ""
+    assert [lines[3][index] for index in (1, 3, 7)] == ["'=1+1", "'@x", "'-cmd"]

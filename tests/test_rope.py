@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekit.errors import UserError
 from edgekit.model.config import Rope
 from edgekit.model.rope import frequencies, tables
 
@@ -113,3 +117,59 @@ def test_frequencies_equal_transformers(rope: Rope, head_dim: int) -> None:
     )
     expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
     np.testing.assert_allclose(frequencies(rope, head_dim), expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "context"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "beta_fast": 16.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 0.9}, 2048),
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+    ],
+)
+def test_stretched_angles_equal_those_of_transformers(table: dict[str, Any], context: int) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from edgekit.model.config import decoder_config
+
+    config = transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=256,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        rope_parameters={"rope_theta": 10000.0, **table},
+    )
+    module = importlib.import_module("transformers.models.llama.modeling_llama").LlamaRotaryEmbedding(config)
+    cosine, sine = module(torch.zeros(1, 100, 256), torch.arange(100)[None])
+    ours = tables(decoder_config(config.to_dict()).rope, 64, 100)
+    for theirs, mine in zip((cosine, sine), ours, strict=True):
+        np.testing.assert_allclose(mine, theirs[0, :, :32].numpy(), atol=2e-5)
+
+
+def test_a_config_is_stretched_once() -> None:
+    from edgekit.model.config import decoder_config, stretched
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 10,
+        "max_position_embeddings": 100,
+        "rope_theta": 5000.0,
+    }
+    longer = decoder_config(stretched(config, "yarn", 4))
+    assert (longer.context_length, longer.rope.kind, longer.rope.theta) == (400, "yarn", 5000.0)
+    assert longer.rope.original_context == 100
+    plain, ntk = decoder_config(config).rope, decoder_config(stretched(config, "ntk", 4)).rope
+    ratio = frequencies(plain, 64) / frequencies(ntk, 64)
+    assert ratio[0] == pytest.approx(1)
+    assert ratio[-1] == pytest.approx(4)
+    with pytest.raises(UserError, match="not stretched yet"):
+        stretched(stretched(config, "linear", 2), "yarn", 4)
+    with pytest.raises(UserError, match="must be linear, ntk or yarn"):
+        stretched(config, "cubic", 2)
+    with pytest.raises(UserError, match="above 1"):
+        stretched(config, "yarn", 1)

@@ -197,6 +197,6 @@ def test_an_untied_model_without_a_head_is_refused(tmp_path: Path) -> None:
 
 def test_quantised_input_is_read_by_its_values() -> None:
     W = gaussian(64, 64)
-    rounded = round_to_grid(W, Grid(8, 32, True), where="w")
+    rounded = round_to_grid(W, Grid(8, 32, "symmetric"), where="w")
     after, _ = Rotate().apply(Block("embedding", {"model.embed_tokens": rounded}), CONTEXT)
     np.testing.assert_allclose(after.matrices["model.embed_tokens"].dense(), rounded.dense() @ rotation(64, 0))

@@ -14,7 +14,7 @@ from edgekit.errors import ModelError, UserError
 from edgekit.manifest import SourceRecord
 from edgekit.model.config import decoder_config
 from edgekit.quant.grid import Grid, round_to_grid
-from edgekit.quant.rounding import Int4, Int8
+from edgekit.quant.rounding import Int2, Int3, Int4, Int8
 from edgekit.step import MatrixOutline, Outline, StepContext, join_facts
 from edgekit.weight import Dense, Floats, Quantized
 
@@ -61,12 +61,16 @@ STEPS = [
     (Int4(embedding="int4"), 4, 4),
     (Int4(embedding="keep"), 4, 32),
     (Int8(embedding="int4", block=64), 8, 4),
-    (Int4(symmetric=True, block=64), 4, 8),
+    (Int4(offset="symmetric", block=64), 4, 8),
+    (Int4(offset="minimum", scales="int8", embedding="int6"), 4, 6),
+    (Int3(block=64, embedding="int5"), 3, 5),
+    (Int3(offset="zero", search=False, embedding="int3"), 3, 3),
+    (Int2(embedding="int2", scales="float16"), 2, 2),
 ]
 
 
 @pytest.mark.parametrize(("step", "linear", "ends"), STEPS)
-def test_linears_and_tables_get_their_bits(step: Int4 | Int8, linear: int, ends: int) -> None:
+def test_linears_and_tables_get_their_bits(step: Int2 | Int3 | Int4 | Int8, linear: int, ends: int) -> None:
     assert bits_of(step.apply(layer(), CONTEXT)[0]) == [linear, linear]
     assert bits_of(step.apply(table(), CONTEXT)[0]) == [ends]
     assert bits_of(step.apply(head(), CONTEXT)[0]) == [ends]
@@ -74,7 +78,9 @@ def test_linears_and_tables_get_their_bits(step: Int4 | Int8, linear: int, ends:
 
 @pytest.mark.parametrize(("step", "linear", "ends"), STEPS)
 @pytest.mark.parametrize("block", [layer(), table(), head()], ids=lambda block: str(block.name))
-def test_predicted_sizes_are_the_real_ones(step: Int4 | Int8, linear: int, ends: int, block: Block) -> None:
+def test_predicted_sizes_are_the_real_ones(
+    step: Int2 | Int3 | Int4 | Int8, linear: int, ends: int, block: Block
+) -> None:
     predicted = step.predict(outline(block), CONTEXT)
     assert predicted.outline == outline(step.apply(block, CONTEXT)[0])
     assert predicted.seconds > 0 or ends == 32
@@ -84,7 +90,7 @@ def test_the_codes_are_those_of_the_grid_and_nothing_else_changes() -> None:
     before = layer()
     kept = {name: weight.dense().copy() for name, weight in before.matrices.items()}
     after, changes = Int4().apply(before, CONTEXT)
-    expected = round_to_grid(kept[UP], Grid(4, 32, False), where=UP)
+    expected = round_to_grid(kept[UP], Grid(4, 32, "zero"), where=UP)
     rounded = after.matrices[UP]
     assert isinstance(rounded, Quantized)
     np.testing.assert_array_equal(rounded.codes, expected.codes)
@@ -95,22 +101,22 @@ def test_the_codes_are_those_of_the_grid_and_nothing_else_changes() -> None:
 
 
 def test_eight_bit_tables_are_symmetric_and_four_bit_ones_follow_the_step() -> None:
-    def zeros(step: Int4 | Int8) -> bool:
+    def zeros(step: Int2 | Int3 | Int4 | Int8) -> bool:
         weight = step.apply(table(), CONTEXT)[0].matrices["model.embed_tokens"]
         assert isinstance(weight, Quantized)
         return weight.zeros is not None
 
-    assert not zeros(Int4(symmetric=False))
-    assert not zeros(Int8(symmetric=False))
-    assert zeros(Int4(embedding="int4", symmetric=False))
-    assert not zeros(Int4(embedding="int4", symmetric=True))
+    assert not zeros(Int4(offset="zero"))
+    assert not zeros(Int8(offset="zero"))
+    assert zeros(Int4(embedding="int4", offset="zero"))
+    assert not zeros(Int4(embedding="int4", offset="symmetric"))
 
 
 @pytest.mark.parametrize(
     ("step", "weight", "reason"),
     [
         (Int4(skip=("*.up_proj",)), Dense(gaussian(96, 64)), "matches the pattern *.up_proj of skip"),
-        (Int4(), round_to_grid(gaussian(96, 64), Grid(8, 32, True), where=UP), "is quantised already"),
+        (Int4(), round_to_grid(gaussian(96, 64), Grid(8, 32, "symmetric"), where=UP), "is quantised already"),
         (Int4(block=128), Dense(gaussian(96, 64)), "its width 64 is below the block of 128"),
     ],
 )
@@ -160,13 +166,15 @@ def test_a_broken_weight_is_named() -> None:
         Int4().apply(Block("layers.0", {UP: Dense(np.full((4, 64), np.nan, np.float32))}), CONTEXT)
 
 
-@pytest.mark.parametrize("step", [Int4, Int8])
+@pytest.mark.parametrize("step", [Int2, Int3, Int4, Int8])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"block": 48}, "block must be one of 32, 64, 128: got 48"),
-        ({"symmetric": "yes"}, "symmetric must be true or false"),
-        ({"embedding": "int16"}, "embedding must be one of int4, int8, keep: got 'int16'"),
+        ({"offset": "middle"}, "offset must be one of symmetric, zero, minimum: got 'middle'"),
+        ({"scales": "int4"}, "scales must be one of float16, int8"),
+        ({"search": 1}, "search must be true or false"),
+        ({"embedding": "int16"}, "embedding must be one of int2, int3, int4, int5, int6, int8, keep: got 'int16'"),
         ({"skip": "*.down_proj"}, "skip must be a list of patterns"),
     ],
 )

@@ -25,7 +25,7 @@ from tiny import tiny_folder, tiny_gguf
 from edgekit.errors import EdgekitError, ModelError, UserError
 from edgekit.folder import digest
 from edgekit.model import hub
-from edgekit.model.builtin import BUILTIN, Builtin, cache_folder, extract, fetch_builtin
+from edgekit.model.builtin import BUILTIN, Builtin, Content, cache_folder, extract, fetch_builtin
 from edgekit.model.sources import open_model
 
 NORM = "model.norm.weight"
@@ -70,10 +70,10 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_unsupported_architecture_opens_but_is_no_decoder(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "tiny", config={"architectures": ["BertModel"]})
+    folder = tiny_folder(tmp_path / "tiny", config={"architectures": ["GPT2LMHeadModel"]})
     checkpoint = open_model(str(folder))
     assert checkpoint.vector(NORM).shape == (64,)
-    with pytest.raises(ModelError, match=r"config\.json says BertModel"):
+    with pytest.raises(ModelError, match=r"config\.json says GPT2LMHeadModel"):
         _ = checkpoint.decoder
 
 
@@ -81,7 +81,7 @@ def test_an_unsupported_architecture_opens_but_is_no_decoder(tmp_path: Path) -> 
     ("spec", "message"),
     [
         ("smolm2-135m", "did you mean 'smollm2-135m'\\?; pass a folder, a .gguf file, a built-in name or a Hub id"),
-        ("gpt-5", "known are smollm2-135m; pass a folder"),
+        ("gpt-5", "known are minilm-l6, smollm2-135m; pass a folder"),
         ("", "got ''"),
         ("a\0b", "got 'a.x00b'"),
         ("x" * 10_000, "must exist or be known: got 'xxx"),
@@ -352,7 +352,8 @@ def test_the_table_is_complete() -> None:
     for name, model in BUILTIN.items():
         assert name == name.lower()
         assert all(len(digest) == 64 for digest in (model.sha256, model.wheel_sha256))
-        assert model.member.endswith(".gguf")
+        assert model.member.endswith(".zip" if model.contents else ".gguf")
+        assert all(len(content.sha256) == 64 for content in model.contents)
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------
@@ -449,3 +450,60 @@ def test_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_model("smollm2-135m")
     assert checkpoint.decoder.layers == 30
     assert checkpoint.source.name == "smollm2-135m"
+
+
+# --- a built-in folder ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A built-in model `folder`, in a zip archive in a wheel; returns the wheel."""
+    source = tiny_folder(tmp_path / "source")
+    contents = {path.name: path.read_bytes() for path in source.iterdir()}
+    inner = make_wheel(tmp_path / "model.zip", {**contents, "../escape": b"x", "extra": b"y"})
+    wheel = make_wheel(tmp_path / "tiny-1.0-py3-none-any.whl", {"package/model.zip": inner.read_bytes()})
+    model = Builtin(
+        title="Folder",
+        license="apache-2.0",
+        package="tiny-package",
+        version="1.0",
+        wheel_sha256=digest(wheel),
+        member="package/model.zip",
+        sha256=digest(inner),
+        size_bytes=inner.stat().st_size,
+        contents=tuple(Content(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()),
+    )
+    monkeypatch.setitem(BUILTIN, "folder", model)
+    monkeypatch.setattr(subprocess, "run", copying(wheel))
+    return wheel
+
+
+@pytest.mark.usefixtures("folder_builtin")
+def test_a_builtin_folder_is_fetched_once_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_model("folder")
+    assert (opened.source.name, opened.source.license) == ("folder", "apache-2.0")
+    assert left_in_cache() == ["folder"]
+    kept = {path.name for path in (cache_folder() / "folder").iterdir()}
+    assert kept == {path.name for path in (tmp_path / "source").iterdir()}  # and nothing that the table does not name
+    monkeypatch.delattr(subprocess, "run")
+    open_model("folder", offline=True)
+    for path in sorted((cache_folder() / "folder").iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(bytes(len(content)))
+        with pytest.raises(ModelError, match=f"{path.name} must be folder as published"):
+            open_model("folder", offline=True)
+        path.unlink()
+        with pytest.raises(ModelError, match="it is absent or its sha256 differs; delete"):
+            open_model("folder", offline=True)
+        path.write_bytes(content)
+
+
+@pytest.mark.usefixtures("folder_builtin")
+@pytest.mark.parametrize("change", [{"size_bytes": 3}, {"sha256": "0" * 64}, {"name": "absent.json"}])
+def test_a_folder_whose_archive_holds_something_else(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    model = BUILTIN["folder"]
+    wrong = dataclasses.replace(model.contents[0], **change)
+    monkeypatch.setitem(BUILTIN, "folder", dataclasses.replace(model, contents=(wrong, *model.contents[1:])))
+    with pytest.raises(ModelError, match=r"must (hold absent\.json|be as published)|be as published"):
+        open_model("folder")
+    assert left_in_cache() == []

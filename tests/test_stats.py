@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edgekit.errors import UserError
 from edgekit.profile import stats
-from edgekit.profile.stats import difference, drift, mann_whitney, measured, summary
+from edgekit.profile.stats import difference, drift, mann_whitney, measured, paired, signed_rank, summary
 
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
@@ -139,3 +139,58 @@ def test_the_noise_of_either_side_widens_the_interval():
 def test_no_ratio_of_what_is_not_positive(zero):
     found = difference([1.0, 2.0], [zero, 3.0])
     assert (found.ratio, found.low, found.high) == (None, None, None)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([1, 2, 3, 4, 5, 6], 2 / 64),
+        ([-1, 2, 3, 4, 5, 6], 4 / 64),
+        ([1, 2, 3, 4, 5, 6, 7, 8], 2 / 256),
+        ([1, -1], 1.0),
+        ([0, 0, 0], 1.0),
+        ([0, 1, 2, 3, 4, 5, 6], 2 / 64),
+        ([2, 2, 2, 2, -1], 4 / 32),  # ranks 3.5 four times and 1: only the rank of 1 may turn
+    ],
+)
+def test_signed_ranks_by_hand(differences, p):
+    assert signed_rank(differences) == pytest.approx(p)
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9))
+def test_signed_ranks_count_every_change_of_signs(differences):
+    x = np.array([d for d in differences if d], float)
+    if not len(x):
+        assert signed_rank(differences) == 1.0
+        return
+    ranks = np.array([(np.abs(x) < abs(d)).sum() + ((np.abs(x) == abs(d)).sum() + 1) / 2 for d in x])
+    sums = [(ranks * signs).sum() for signs in itertools.product((0, 1), repeat=len(x))]
+    distance = abs((ranks * (x > 0)).sum() - ranks.sum() / 2)
+    far = sum(abs(total - ranks.sum() / 2) >= distance - 1e-9 for total in sums)
+    assert signed_rank(differences) == pytest.approx(far / len(sums))
+
+
+def test_many_signed_ranks_are_nearly_normal():
+    x = np.random.default_rng(0).normal(0.3, 1, 51)
+    exact = signed_rank(x[:50])
+    assert signed_rank(x) == pytest.approx(exact, rel=0.5)
+
+
+def test_the_interval_of_pairs_agrees_with_their_test():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(generator.integers(6, 15))
+        b = np.exp(generator.normal(0.02, 0.05, n))
+        found = paired(np.ones(n), b)
+        assert found.low <= found.ratio <= found.high
+        outside = found.low > 1 or found.high < 1
+        assert outside == (found.p_value <= 0.05)
+
+
+def test_pairs_must_be_pairs():
+    with pytest.raises(UserError, match="as many samples on either side: got 2 and 3"):
+        paired([1, 2], [1, 2, 3])
+    assert paired([0.0, 1.0], [1.0, 2.0]).ratio is None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from edgekit.checkpoint import open_checkpoint
 from edgekit.compress import compress
 from edgekit.errors import UserError
 from edgekit.model.sources import open_model
-from edgekit.quant.rounding import Int4
+from edgekit.quant.methods import Int4
 from edgekit.recipe import load_recipe
-from edgekit.step import STEPS, Fact, join_facts, options, outline_of, renamed, step_class
+from edgekit.step import STEPS, Fact, Needs, join_facts, options, outline_of, renamed, step_class
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -27,7 +28,7 @@ def test_each_named_step_loads_and_keeps_the_protocol(name: str) -> None:
     found = step_class(name, where="here")
     step = found()
     assert found.name == name
-    assert found.needs in ("weights", "activations", "model")
+    assert step.needs in get_args(Needs)
     assert dataclasses.is_dataclass(step)
     assert step == found()  # frozen dataclasses compare by their options
     for field in dataclasses.fields(step):
@@ -42,7 +43,10 @@ def test_each_named_step_loads_and_keeps_the_protocol(name: str) -> None:
     [
         ("quant.int5", r"r\.toml, step\[0\]: use must name a step: got 'quant.int5'; did you mean 'quant.int"),
         ("rotate", "did you mean 'quant.rotate'"),
-        ("zzz", "known are quant.int4, quant.int8, quant.keep, quant.rotate"),
+        (
+            "zzz",
+            "known are quant.awq, quant.int2, quant.int3, quant.int4, quant.int8, quant.keep, quant.mixed",
+        ),
     ],
 )
 def test_an_unknown_step_names_the_place_and_the_nearest(name: str, message: str) -> None:
@@ -51,7 +55,19 @@ def test_an_unknown_step_names_the_place_and_the_nearest(name: str, message: str
 
 
 def test_options_are_what_json_knows() -> None:
-    expected = {"block": 64, "symmetric": False, "embedding": "int8", "skip": ["*.o_proj"]}
+    expected = {
+        "block": 64,
+        "offset": "zero",
+        "scales": "float16",
+        "search": False,
+        "embedding": "int8",
+        "skip": ["*.o_proj"],
+        "method": "rtn",
+        "order": "given",
+        "damping": 0.01,
+        "refine": 1,
+        "follow": 0.0,
+    }
     assert options(Int4(block=64, skip=("*.o_proj",))) == expected
     assert json.loads(json.dumps(expected)) == expected
 

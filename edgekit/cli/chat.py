@@ -34,7 +34,7 @@ def chat(bundle: Path, system: str | None, **options: Any) -> None:
     from edgekit.runtime.session import Session
 
     sampling = make_sampling(options)
-    session = Session.open(bundle, context=options["context"], threads=options["threads"])
+    session = Session.open(bundle, context=options["context"], threads=options["threads"], budget=options["budget"])
     if session.template is None:
         raise UserError(f"chat needs a chat template: {bundle} has none; use edgekit run {bundle} --raw")
     begin: list[Message] = [{"role": "system", "content": system}] if system else []

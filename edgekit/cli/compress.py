@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
+from edgekit.cli.compress_onnx import compress_file
 from edgekit.cli.terminal import json_option, print_json, progress, remarks, size
 from edgekit.errors import UserError
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(kB|MB|GB)", re.IGNORECASE)
+
+
+def megabytes(text: str) -> float:
+    """A size such as 70MB or 1.1GB, in megabytes. Raises UserError for anything else."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"--target-size must be a number with kB, MB or GB, such as 70MB: got {text!r}")
+    return float(match[1]) * {"kb": 1e-3, "mb": 1.0, "gb": 1e3}[match[2].lower()]
 
 
 @click.command(short_help="Make a model smaller by a recipe.")
 @click.argument("model")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("-r", "--recipe", default="int4", show_default=True, help="A built-in recipe, or a TOML file.")
+@click.option("-r", "--recipe", help="A built-in recipe, or a TOML file.  [default: int4, or mixed with a size]")
+@click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix so that all fit: 70MB.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Text for methods that need some: .txt, .jsonl, also .gz; may be given again. For .onnx files an .npz.",
+)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe, predicted size, memory and time; touch nothing.")
@@ -22,29 +41,49 @@ from edgekit.errors import UserError
 def compress(
     model: str,
     target: Path | None,
-    recipe: str,
+    recipe: str | None,
+    target_size: str | None,
+    calibration: tuple[Path, ...],
     resume: bool,
     force: bool,
     dry_run: bool,
     offline: bool,
     as_json: bool,
 ) -> None:
-    """Compress MODEL: a built-in name, a Hub id, a folder or a .gguf file.
+    """Compress MODEL: a built-in name, a Hub id, a folder, a .gguf or an .onnx file.
 
     \b
     edgekit compress smollm2-135m -o small -r int4
+
+    Methods that look at what the weights are multiplied with (gptq, awq) and --target-size take --calibration text.
     """
     from edgekit.compress import compress as run
     from edgekit.compress import plan
     from edgekit.model.sources import open_model
-    from edgekit.recipe import load_recipe
+    from edgekit.recipe import calibrated_on, load_recipe, within
 
+    if model.lower().endswith(".onnx"):
+        if target_size or len(calibration) > 1:
+            raise UserError("an .onnx file takes one --calibration file and no --target-size")
+        compress_file(
+            model,
+            target,
+            recipe=recipe or "int4",
+            calibration=next(iter(calibration), None),
+            force=force,
+            plain=not (dry_run or resume),
+            as_json=as_json,
+        )
+        return
     if target is None and not dry_run:
         raise UserError("compress needs a folder to write: name it with -o, or pass --dry-run")
-    steps = load_recipe(recipe)
+    steps = calibrated_on(load_recipe(recipe or ("mixed" if target_size else "int4")), calibration)
+    if target_size:
+        steps = within(steps, megabytes(target_size))
     checkpoint = open_model(model, offline=offline, progress=lambda line: remarks().print(line))
     if dry_run:
-        forecast = plan(checkpoint, steps)
+        with progress("surveying", quiet=as_json) as advance:
+            forecast = plan(checkpoint, steps, on_progress=lambda state: advance(state.done, state.total))
         if as_json:
             print_json(forecast)
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgekit.cli.terminal import json_option, output, print_json, stages
+from edgekit.errors import UserError
 
 
 @click.command(short_help="Turn a model into a bundle that runs.")
@@ -15,6 +16,17 @@ from edgekit.cli.terminal import json_option, output, print_json, stages
 @click.option("--target", help="portable, x86 or arm; default: this machine's, or the device's.")
 @click.option("-d", "--device", help="A device of edgekit devices, or a TOML file.")
 @click.option("--context", type=int, help="Tokens of context to allow for; default: the model's, at most 32768.")
+@click.option(
+    "--rope-scaling", help="A longer context than the trained one: linear, ntk or yarn and a factor, as yarn:4."
+)
+@click.option("--attention", type=click.Choice(["dense", "sparse"]), default="dense", help="sparse: for long contexts.")
+@click.option("--budget", type=int, help="Positions that sparse attention attends to exactly; default 256.")
+@click.option("--dense-below", type=int, help="Contexts up to this length are attended exactly; default 1024.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to fit sparse attention to; default: one that the model writes.",
+)
 @click.option("--force", is_flag=True, help="Replace the output folder.")
 @click.option("--accept-drift", is_flag=True, help="Write the bundle even when it does not agree with the checkpoint.")
 @json_option
@@ -24,6 +36,11 @@ def export(
     target: str | None,
     device: str | None,
     context: int | None,
+    rope_scaling: str | None,
+    attention: str,
+    budget: int | None,
+    dense_below: int | None,
+    calibration: Path | None,
     force: bool,
     accept_drift: bool,
     as_json: bool,
@@ -34,27 +51,57 @@ def export(
     edgekit export small -o small.arm --target arm --device pi5
     """
     from edgekit.device import load_device
+    from edgekit.evaluate.text import read_text
+    from edgekit.export.encoder import export_encoder
     from edgekit.export.export import export as run
+    from edgekit.export.sparse import SparseOptions
     from edgekit.export.targets import find_target, host_target, target_for
+    from edgekit.model.encoder_config import is_encoder
     from edgekit.model.sources import open_model
     from edgekit.report import Report, print_report
 
+    given = {"budget": budget, "dense_below": dense_below}
+    options = {name: value for name, value in given.items() if value is not None}
+    if attention == "dense" and (options or calibration):
+        raise UserError("--budget, --dense-below and --calibration are for --attention sparse")
+    sparse = SparseOptions(**options) if attention == "sparse" else None
     chosen = load_device(device) if device else None
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
     with stages("opening the model", quiet=as_json) as tell:
         checkpoint = open_model(model, progress=tell)
-        manifest = run(
-            checkpoint,
-            folder,
-            target=goal,
-            device=chosen,
-            context=context,
-            force=force,
-            accept_drift=accept_drift,
-            on_progress=tell,
-        )
+        if is_encoder(checkpoint.config):
+            if context is not None:
+                raise UserError("--context is for decoders: an encoder takes texts as long as it was trained for")
+            manifest = export_encoder(
+                checkpoint, folder, target=goal, force=force, accept_drift=accept_drift, on_progress=tell
+            )
+        else:
+            manifest = run(
+                checkpoint,
+                folder,
+                target=goal,
+                device=chosen,
+                context=context,
+                rope_scaling=_scaling(rope_scaling),
+                sparse=sparse,
+                calibration=read_text(calibration) if calibration else None,
+                force=force,
+                accept_drift=accept_drift,
+                on_progress=tell,
+            )
     if as_json:
         print_json(manifest)
     else:
         click.echo(f"{folder}: a bundle for {goal.name}")
         print_report(Report.load(folder / "report.json"), output())
+
+
+def _scaling(text: str | None) -> tuple[str, float] | None:
+    """A kind and a factor, written KIND:FACTOR."""
+    if text is None:
+        return None
+    kind, _, factor = text.partition(":")
+    try:
+        return kind, float(factor)
+    except ValueError:
+        raise UserError(f"--rope-scaling must be a kind and a factor, such as yarn:4: got {text!r}") from None

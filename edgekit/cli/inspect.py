@@ -12,6 +12,7 @@ import click
 from edgekit.cli.terminal import json_option, output, print_json, size, stages
 
 if TYPE_CHECKING:
+    from edgekit.bundle import EncoderBundle
     from edgekit.checkpoint import Checkpoint
     from edgekit.manifest import Manifest
 
@@ -37,8 +38,11 @@ def inspect(model: str, as_json: bool) -> None:
 
 
 def _inspect_bundle(path: Path, *, as_json: bool) -> None:
-    from edgekit.bundle import Bundle
+    from edgekit.bundle import Bundle, EncoderBundle, is_encoder_bundle
 
+    if is_encoder_bundle(path):
+        _inspect_encoder(EncoderBundle.open(path), as_json=as_json)
+        return
     bundle = Bundle.open(path)
     spec = bundle.spec
     if as_json:
@@ -48,6 +52,18 @@ def _inspect_bundle(path: Path, *, as_json: bool) -> None:
     _print(
         f"{spec.architecture} for {spec.target}: {len(spec.layers)} layers, vocabulary {spec.vocabulary},"
         f" context {spec.context_length}, cache {size(spec.cache_bytes(1))} a token"
+    )
+
+
+def _inspect_encoder(bundle: EncoderBundle, *, as_json: bool) -> None:
+    spec = bundle.spec
+    if as_json:
+        print_json({"manifest": dataclasses.asdict(bundle.manifest), "runtime": dataclasses.asdict(spec)})
+        return
+    _print_history(bundle.manifest)
+    _print(
+        f"{spec.architecture} for {spec.target}: embeddings of {spec.dim} numbers ({spec.pooling}), texts of"
+        f" at most {spec.max_length} tokens"
     )
 
 

@@ -15,8 +15,10 @@ from edgekit.cli.compare import compare
 from edgekit.cli.compress import compress
 from edgekit.cli.devices import devices
 from edgekit.cli.doctor import doctor
+from edgekit.cli.embed import embed
 from edgekit.cli.eval import evaluate
 from edgekit.cli.export import export
+from edgekit.cli.heal import heal
 from edgekit.cli.inspect import inspect
 from edgekit.cli.profile import profile
 from edgekit.cli.run import run
@@ -47,7 +49,7 @@ def cli(context: click.Context, debug: bool) -> None:
         click.echo(context.get_help())
 
 
-for _command in (compress, export, run, chat, profile, evaluate, inspect, devices, doctor, compare):
+for _command in (compress, heal, export, run, chat, embed, profile, evaluate, inspect, devices, doctor, compare):
     cli.add_command(_command)
 
 

@@ -32,6 +32,7 @@ def sampling_options(command: F) -> F:
         click.option("--stop", multiple=True, help="End the answer at this text; may be given several times."),
         click.option("--context", type=int, help="Tokens of context to make room for; default: the bundle's."),
         click.option("--threads", type=int, help="Default: the cores that this machine has for it."),
+        click.option("--budget", type=int, help="Positions attended to exactly, with sparse attention."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -64,7 +65,7 @@ def run(bundle: Path, prompt: str, system: str | None, raw: bool, as_json: bool,
 
     text = _standard_input() if prompt == "-" else prompt
     sampling = make_sampling(options)
-    session = Session.open(bundle, context=options["context"], threads=options["threads"])
+    session = Session.open(bundle, context=options["context"], threads=options["threads"], budget=options["budget"])
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     plain = raw or session.template is None or not text  # no text is an error that encode() explains

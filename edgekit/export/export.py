@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -16,10 +17,14 @@ from edgekit.errors import ModelError, UserError
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
+from edgekit.export.sparse import TOKENS, WRITTEN, KeyStatistics, SparseOptions, calibrate, written_text
+from edgekit.export.stock import stock_bits
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
-from edgekit.kernels.library import library_path
+from edgekit.host import host_device
+from edgekit.kernels.library import library_path, status
 from edgekit.manifest import Manifest, now, record_files, versions
+from edgekit.model.config import stretched
 from edgekit.report import Measurement, Report
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.text import whole
@@ -36,15 +41,24 @@ def export(
     target: Target,
     device: Device | None = None,
     context: int | None = None,
+    rope_scaling: tuple[str, float] | None = None,
+    sparse: SparseOptions | None = None,
+    calibration: str | None = None,
     force: bool = False,
     accept_drift: bool = False,
     on_progress: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
     """Write a bundle to `output`; `on_progress` is told each stage.
 
+    `rope_scaling`, a kind and a factor, makes the context longer than the trained one, and the report says so.
+    With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
+    default one that the model writes itself.
+
     Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
     lets it pass and records the numbers); nothing is left at `output` then.
     """
+    if rope_scaling is not None:
+        checkpoint = replace(checkpoint, config=stretched(checkpoint.config, *rope_scaling))
     config = checkpoint.decoder
     if "tokenizer.json" not in checkpoint.assets:
         raise UserError(
@@ -57,7 +71,18 @@ def export(
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = target.native and library_path() is not None and runs_natively(checkpoint)
-        if native:
+        if sparse is not None and not native:
+            raise UserError(
+                f"sparse attention needs our operators: the model must be quantised, the target native ({target.name})"
+                f" and the kernels installed ({status()})"
+            )
+        if sparse is not None:
+            if config.sliding_window:
+                raise UserError("sparse attention needs attention to the whole context: the model has a sliding window")
+            on_progress("calibrating sparse attention")
+            keys = _key_statistics(checkpoint, folder, min(longest, TOKENS), calibration)
+            layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys)
+        elif native:
             layers = build_native_decoder(checkpoint, folder, context=longest)
         else:
             layers = build_decoder(checkpoint, folder, context=longest, integer_bits=target.integer_bits)
@@ -71,6 +96,7 @@ def export(
             resident_bytes=(folder / WEIGHTS).stat().st_size if native else _packed_bytes(checkpoint),
             activation_bytes=_activation_bytes(checkpoint),
             operators="edgekit" if native else "stock",
+            budget=sparse.budget if sparse else None,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -83,8 +109,38 @@ def export(
             products=_products(checkpoint, target, native=native),
             accept_drift=accept_drift,
         )
+        if rope_scaling is not None:
+            note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
+            measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
         on_progress("writing digests")
         return _write_manifest(checkpoint, folder, spec, measured)
+
+
+def _key_statistics(checkpoint: Checkpoint, folder: Path, tokens: int, text: str | None) -> list[KeyStatistics]:
+    """Calibrate on the exact graph, which is built in `folder` and taken away again."""
+    layers = build_native_decoder(checkpoint, folder, context=tokens)
+    config = checkpoint.decoder
+    spec = DecoderSpec(
+        architecture=config.architecture,
+        target="calibration",
+        vocabulary=config.vocabulary,
+        context_length=tokens,
+        layers=layers,
+        eos_ids=(),
+        resident_bytes=0,
+        activation_bytes=0,
+        operators="edgekit",
+    )
+    engine = Engine(folder / MODEL, spec, context=tokens, threads=host_device().threads or 1)
+    tokenizer = _tokenizer(checkpoint)
+    if text is None:
+        written_text(engine, tokenizer.encode(PROMPTS[0]).ids[:tokens], tokens=min(tokens, WRITTEN))
+    elif ids := tokenizer.encode(text).ids[:tokens]:
+        engine.forward(ids)
+    found = calibrate(engine, layers)
+    for name in (MODEL, WEIGHTS):
+        (folder / name).unlink()
+    return found
 
 
 def _check(
@@ -110,7 +166,7 @@ def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:
     """What the graph multiplies in: a key of `BOUNDS`."""
     if native:
         return "int15"
-    integers = any(entry.bits in target.integer_bits for entry in checkpoint.structure.values())
+    integers = any(stock_bits(entry.bits) in target.integer_bits for entry in checkpoint.structure.values())
     return "int8" if integers else "float32"
 
 
@@ -188,7 +244,9 @@ def _packed_bytes(checkpoint: Checkpoint) -> int:
                 size = packed = 4.0 * rows * columns
             else:
                 blocks = rows * -(-columns // entry.block)
-                size = blocks * (entry.block * entry.bits / 8 + 4 + entry.bits / 8)  # codes, scale, zero point
+                bits = stock_bits(entry.bits)
+                offset = 4.0 if checkpoint.has(f"{module}.minima") else bits / 8
+                size = blocks * (entry.block * bits / 8 + 4 + offset)  # codes, scale, zero point or offset
                 packed = size * PACKING
             tied_table = module == "model.embed_tokens" and checkpoint.decoder.tied
             total += packed + size if tied_table else packed

@@ -14,29 +14,43 @@ A matrix that is not quantised stays a MatMul. Inputs and outputs: `edgekit.expo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.export.fit import layer_caches
 from edgekit.export.graph import Graph
 from edgekit.export.parts import Parts
+from edgekit.export.sparse import KeyStatistics, SparseOptions
 from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
 from edgekit.weight import Quantized, concatenate
 
 
-def build_native_decoder(checkpoint: Checkpoint, folder: Path, *, context: int) -> tuple[LayerCache, ...]:
-    """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`."""
+def build_native_decoder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    context: int,
+    sparse: SparseOptions | None = None,
+    keys: Sequence[KeyStatistics] = (),
+) -> tuple[LayerCache, ...]:
+    """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`.
+
+    With `sparse`, whose layers need the statistics `keys`, tokens attend to a part of a long cache.
+    """
     caches = layer_caches(checkpoint)
+    if sparse is not None:
+        caches = tuple(replace(cache, sparse=index >= sparse.dense_layers) for index, cache in enumerate(caches))
     with Graph(folder) as graph:
         parts = Parts(checkpoint, graph, integer_bits=(4, 8))
         parts.rotary_tables(context)
-        _NativeDecoder(parts).build(caches)
+        _NativeDecoder(parts, sparse, keys).build(caches)
     return caches
 
 
@@ -48,8 +62,10 @@ def runs_natively(checkpoint: Checkpoint) -> bool:
 class _NativeDecoder:
     """The flow of the graph: which node reads which."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, sparse: SparseOptions | None, keys: Sequence[KeyStatistics]) -> None:
         self.parts = parts
+        self.sparse = sparse
+        self.keys = keys
         self.checkpoint = parts.checkpoint
         self.config = parts.config
         self.graph = parts.graph
@@ -65,8 +81,17 @@ class _NativeDecoder:
             gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
             state = self.add(f"{mlp}.down_proj", gated, state)
         self.head(self.parts.keep_last(state))
-        signature = self.parts.signature(caches, cache_type=TensorProto.FLOAT16)
-        self.graph.save(*signature, title=self.config.architecture, functions=function_bodies())
+        inputs, outputs = self.parts.signature(caches, cache_type=TensorProto.FLOAT16)
+        for index, cache in enumerate(caches):
+            for part, kind, rank in (("codes", TensorProto.UINT8, 3), ("means", TensorProto.FLOAT16, 4)):
+                if cache.sparse:
+                    dims = [1, cache.kv_heads, part, cache.head_dim][:rank]
+                    past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
+                    inputs.append(helper.make_tensor_value_info(past, kind, dims))
+                    outputs.append(helper.make_tensor_value_info(present, kind, dims))
+        if any(cache.sparse for cache in caches):
+            inputs.append(helper.make_tensor_value_info("budget", TensorProto.INT32, [1]))
+        self.graph.save(inputs, outputs, title=self.config.architecture, functions=function_bodies())
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
@@ -77,19 +102,36 @@ class _NativeDecoder:
     def attend(self, prefix: str, qkv: str, index: int, cache: LayerCache) -> str:
         norms = [f"{prefix}.{x}_norm" for x in "qk"]
         normed = all(map(self.checkpoint.has, norms))
-        past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
-        epsilon = {"epsilon": self.config.norm_eps} if normed else {}
+        parts = ("key", "value", "codes", "means") if cache.sparse else ("key", "value")
+        further: dict[str, float] = {"epsilon": self.config.norm_eps} if normed else {}
+        found: list[str] = []
+        if cache.sparse and self.sparse is not None:
+            center, step = self.keys[index].center, self.keys[index].step
+            found = [
+                self.graph.constant(f"{prefix}.center", center),
+                self.graph.constant(f"{prefix}.step", step),
+                "budget",
+            ]
+            options = self.sparse
+            further |= {"sinks": options.sinks, "recent": options.recent, "followers": options.followers}
+            further |= {"dense_below": options.dense_below}
         return self.graph.node(
-            "NormAttention" if normed else "Attention",
-            [qkv, *past, "seqlens_k", "rotary.cos", "rotary.sin", *(map(self.parts.norm, norms) if normed else ())],
+            ("Norm" if normed else "") + ("HadamardSparseAttention" if cache.sparse else "Attention"),
+            [
+                qkv,
+                *(f"past_key_values.{index}.{part}" for part in parts),
+                *("seqlens_k", "rotary.cos", "rotary.sin"),
+                *found,
+                *(map(self.parts.norm, norms) if normed else ()),
+            ],
             prefix,
-            outputs=[prefix, f"present.{index}.key", f"present.{index}.value"],
+            outputs=[prefix, *(f"present.{index}.{part}" for part in parts)],
             domain=DOMAIN,
             num_heads=self.checkpoint.shape(f"{prefix}.q_proj")[0] // cache.head_dim,
             kv_num_heads=cache.kv_heads,
             head_dim=cache.head_dim,
             local_window_size=self.config.sliding_window or -1,
-            **epsilon,
+            **further,
         )
 
     def read(self, modules: Sequence[str], state: str, *, norm: str, output: str = "") -> str:
@@ -143,11 +185,12 @@ class _NativeDecoder:
     def node(
         self, op: str, inputs: Sequence[str], name: str, tiles: Tiles, last: Sequence[str] = (), *, output: str = ""
     ) -> str:
-        """One of our operators over a quantised matrix, whose constants go between `inputs` and `last`."""
+        """One of our operators over a quantised matrix, whose constants go before and after `last`."""
         epsilon = {"epsilon": self.config.norm_eps} if "Norm" in op else {}
+        *constants, steps = self.store(name, tiles)
         return self.graph.node(
             op,
-            [*inputs, *self.store(name, tiles), *last],
+            [*inputs, *constants, *last, steps],
             f"{name}.{op}",
             outputs=[output or f"{name}.{op}"],
             domain=DOMAIN,
@@ -160,12 +203,13 @@ class _NativeDecoder:
 
     def store(self, name: str, tiles: Tiles) -> list[str]:
         """A matrix as constants; what is there under its name already, such as a tied table, is not stored again."""
-        codes, scales, zeros, minima = tiles.constants()
+        codes, scales, zeros, minima, steps = tiles.constants()
         return [
             self.graph.constant(f"{name}.codes", codes),
             self.graph.constant(f"{name}.scales", scales),
             self.graph.constant(f"{name}.zeros", zeros),
             self.graph.constant(f"{name}.minima", minima),
+            self.graph.constant(f"{name}.steps", steps),
         ]
 
     def nothing(self) -> str:

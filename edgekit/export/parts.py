@@ -21,6 +21,7 @@ from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.export.graph import Graph
+from edgekit.export.stock import StockMatrix, stock_matrix
 from edgekit.model.rope import tables
 from edgekit.weight import Dense, Floats, Quantized, Weight, concatenate
 
@@ -28,7 +29,8 @@ from edgekit.weight import Dense, Floats, Quantized, Weight, concatenate
 class Parts:
     """Adds nodes to `graph` for modules of `checkpoint`. Nodes are named by module path.
 
-    Stock products with matrices of `integer_bits` multiply in integers (accuracy level 4), others in float32.
+    Stock products with matrices that are stored in `integer_bits` multiply in integers (accuracy level 4), others in
+    float32.
     """
 
     def __init__(self, checkpoint: Checkpoint, graph: Graph, *, integer_bits: Collection[int]) -> None:
@@ -36,6 +38,7 @@ class Parts:
         self.config = checkpoint.decoder
         self.graph = graph
         self.integer_bits = integer_bits
+        self.sums: set[str] = set()
 
     def rotary_tables(self, positions: int) -> None:
         """The constants rotary.cos and rotary.sin, (positions, head_dim / 2)."""
@@ -45,27 +48,62 @@ class Parts:
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
-        if isinstance(weight, Dense) or weight.minima is not None:  # GatherBlockQuantized knows no minima
-            table = self.graph.constant(f"{module}.weight", weight.dense())
+        if isinstance(weight, Dense):
+            table = self.graph.constant(f"{module}.weight", weight.values)
             return self.graph.node("Gather", [table, "input_ids"], module, axis=0)
-        self.store(module, weight)
-        rows, blocks, width = weight.codes.shape
-        codes = self.graph.same_bytes(f"{module}.table", f"{module}.codes", (rows, blocks * width))
-        inputs = [codes, "input_ids", f"{module}.scales"]
-        if weight.zeros is not None:
-            inputs.append(f"{module}.zeros")
-        state = self.graph.contrib(
-            "GatherBlockQuantized",
-            inputs,
-            module,
-            bits=weight.bits,
-            block_size=weight.block,
-            gather_axis=0,
-            quantize_axis=1,
+        matrix = self.store(module, weight)
+        rows, blocks, width = matrix.codes.shape
+        whole = blocks * matrix.block == matrix.columns
+        if matrix.offsets is not None:
+            padded = self.embed_with_offsets(module, matrix)
+        else:
+            codes = self.graph.same_bytes(f"{module}.table", f"{module}.codes", (rows, blocks * width))
+            inputs = [codes, "input_ids", f"{module}.scales"]
+            if matrix.zeros is not None:
+                inputs.append(f"{module}.zeros")
+            padded = self.graph.contrib(
+                "GatherBlockQuantized",
+                inputs,
+                module,
+                bits=matrix.bits,
+                block_size=matrix.block,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        return padded if whole else self.slice(padded, 0, matrix.columns, axis=2, name=f"{module}.unpadded")
+
+    def embed_with_offsets(self, module: str, matrix: StockMatrix) -> str:
+        """Rows of a table by standard operators: scale * (code - middle) + offset."""
+        graph = self.graph
+        blocks = matrix.codes.shape[1]
+        codes = graph.node("Gather", [f"{module}.codes", "input_ids"], f"{module}.row", axis=0)
+        if matrix.bits == 4:
+            fifteen = graph.constant("fifteen", np.array(15, np.uint8))
+            four = graph.constant("four", np.array(4, np.uint8))
+            last = graph.constant("rest", np.array([-1], np.int64))
+            halves = [
+                graph.node("BitwiseAnd", [codes, fifteen], f"{module}.low"),
+                graph.node("BitShift", [codes, four], f"{module}.high", direction="RIGHT"),
+            ]
+            halves = [graph.node("Unsqueeze", [half, last], f"{half}.column") for half in halves]
+            codes = graph.node("Concat", halves, f"{module}.pairs", axis=-1)
+            shape = graph.constant(f"{module}.shape", np.array([1, -1, blocks, matrix.block], np.int64))
+            codes = graph.node("Reshape", [codes, shape], f"{module}.row_codes")
+        column = graph.constant("last_axis", np.array([3], np.int64))
+        values = graph.node("Cast", [codes], f"{module}.values", to=TensorProto.FLOAT)
+        middle = graph.constant(f"{module}.middle", np.array(1 << (matrix.bits - 1), np.float32))
+        values = graph.node("Sub", [values, middle], f"{module}.from_middle")
+        scales = graph.node("Gather", [f"{module}.scales", "input_ids"], f"{module}.row_scales", axis=0)
+        values = graph.node(
+            "Mul", [values, graph.node("Unsqueeze", [scales, column], f"{scales}.column")], f"{module}.scaled"
         )
-        if blocks * weight.block == weight.columns:
-            return state
-        return self.slice(state, 0, weight.columns, axis=2, name=f"{module}.unpadded")
+        offsets = graph.node("Gather", [f"{module}.offsets", "input_ids"], f"{module}.columns", axis=1)
+        offsets = graph.node("Transpose", [offsets], f"{module}.row_offsets", perm=[1, 2, 0])
+        values = graph.node(
+            "Add", [values, graph.node("Unsqueeze", [offsets, column], f"{offsets}.column")], f"{module}.sum"
+        )
+        flat = graph.constant("shape.joined", np.array([0, 0, -1], np.int64))
+        return graph.node("Reshape", [values, flat], module)
 
     def keep_last(self, x: str) -> str:
         """The last `logits_to_keep` tokens of x."""
@@ -141,34 +179,49 @@ class Parts:
         return self.graph.node("Add", [product, bias], f"{name}.add", outputs=[output])
 
     def quantized(self, module: str, weight: Quantized, x: str, *, bias: str, name: str, output: str) -> str:
-        self.store(module, weight)
-        zeros = f"{module}.zeros" if f"{module}.zeros" in self.graph else ""
-        return self.graph.contrib(
+        matrix = self.store(module, weight)
+        product = self.graph.contrib(
             "MatMulNBits",
-            [x, f"{module}.codes", f"{module}.scales", zeros, "", bias],
-            name,
-            outputs=[output],
-            K=weight.columns,
+            [x, f"{module}.codes", f"{module}.scales", "" if matrix.zeros is None else f"{module}.zeros", "", bias],
+            name if matrix.offsets is None else f"{name}.from_middle",
+            outputs=[output] if matrix.offsets is None else [f"{output}.from_middle"],
+            K=matrix.columns,
             N=weight.shape[0],
-            bits=weight.bits,
-            block_size=weight.block,
-            accuracy_level=4 if weight.bits in self.integer_bits else 0,
+            bits=matrix.bits,
+            block_size=matrix.block,
+            accuracy_level=4 if matrix.bits in self.integer_bits else 0,
         )
+        if matrix.offsets is None:
+            return product
+        share = self.graph.node("MatMul", [self.block_sums(x, matrix), f"{module}.offsets"], f"{name}.share")
+        return self.graph.node("Add", [product, share], name, outputs=[output])
 
-    def store(self, module: str, weight: Quantized) -> None:
-        self.graph.constant(f"{module}.codes", weight.codes)
-        scales = weight.scales.astype(np.float32)
-        if weight.minima is not None:
-            # s * q + m = s * (q - z) with the float zero point z = -m / s. A block without a scale has codes of zero,
-            # and is m * (0 + 1).
-            minima = weight.minima.astype(np.float32)
-            flat = scales == 0
-            scales = np.where(flat, minima, scales)
-            zeros = np.where(flat, np.float32(-1), -minima / np.where(scales == 0, np.float32(1), scales))
-            self.graph.constant(f"{module}.zeros", zeros)
-        elif weight.zeros is not None:
-            self.graph.constant(f"{module}.zeros", weight.zeros)
-        self.graph.constant(f"{module}.scales", scales)
+    def block_sums(self, x: str, matrix: StockMatrix) -> str:
+        """The sums of x over each block of columns, made once for all matrices that read x."""
+        name = f"{x}.sums{matrix.block}"
+        if name in self.sums:
+            return name
+        self.sums.add(name)
+        graph = self.graph
+        padding = -matrix.columns % matrix.block
+        if padding:
+            pads = graph.constant(f"{name}.pads", np.array([0, padding], np.int64))
+            last = graph.constant("rest", np.array([-1], np.int64))
+            x = graph.node("Pad", [x, pads, "", last], f"{name}.padded")
+        shape = graph.constant(f"shape.blocks{matrix.block}", np.array([0, 0, -1, matrix.block], np.int64))
+        axis = graph.constant("rest", np.array([-1], np.int64))
+        return graph.node("ReduceSum", [graph.node("Reshape", [x, shape], f"{name}.blocks"), axis], name, keepdims=0)
+
+    def store(self, module: str, weight: Quantized) -> StockMatrix:
+        """A matrix as constants; what is there under its name already, such as a tied table, is not stored again."""
+        matrix = stock_matrix(weight)
+        self.graph.constant(f"{module}.codes", matrix.codes)
+        self.graph.constant(f"{module}.scales", matrix.scales)
+        if matrix.zeros is not None:
+            self.graph.constant(f"{module}.zeros", matrix.zeros)
+        if matrix.offsets is not None:
+            self.graph.constant(f"{module}.offsets", matrix.offsets)
+        return matrix
 
     def norm(self, module: str) -> str:
         return self.graph.constant(f"{module}.weight", self.checkpoint.vector(f"{module}.weight"))

@@ -2,9 +2,9 @@
 
 A model carries these bodies, and onnxruntime puts one in the place of each node that no registered kernel takes. What
 depends on constants alone is computed once, when the session is made (at every graph optimisation level but "disable
-all"): tiles become the row-major codes of MatMulNBits, and of the branch on minima one side stays. So a product runs as
-one to three nodes, and no weight is ever unpacked to floats. While it is made, a session takes some 6 bytes a weight of
-4 bits and 12 of 8.
+all"): tiles become the row-major codes of MatMulNBits, in 4 bits up to 4 and else in 8, 8-bit scales become floats, and
+of the branches on bits and minima one stays. So a product runs as one to three nodes, and no weight is ever unpacked to
+floats. While it is made, a session takes some 10 bytes a weight.
 
 Where a body differs from the native kernel: activations have 8 bits however few rows they are, and beside minima only
 what is measured from the middle code meets rounded activations; attention multiplies in float16 and leaves the cache
@@ -12,6 +12,8 @@ past the last token undefined; a negative id is not refused.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx
 from onnx import parser
@@ -47,50 +49,72 @@ _SHAPES = """
   part_rows = Div (N, parts)
   entries = Shape (scales)
   blocks = Shape <start = 1, end = 2> (scales)
-  codes_a_byte = Div (eight, bits)
-  last_code = Sub (codes_a_byte, one)
-  up_bits = Sub (eight, bits)
-  up = Cast <to = 2> (up_bits)
 """
 
-# What takes a byte apart into codes.
+# What takes bytes apart into codes. Run k of a group has the low bits of its codes in line k mod F of the plane of F
+# bits, shifted by F (k / F), and the rest in the plane after it; without such a plane its mask is 0.
 _BYTES = """
   start = Constant <value_int = 0> ()
-  end = Constant <value_int = 8> ()
-  shifts_int = Range (start, end, bits_number)
-  shifts_byte = Cast <to = 2> (shifts_int)
+  run_end = Constant <value_int = 8> ()
+  run_step = Constant <value_int = 1> ()
+  run_numbers = Range (start, run_end, run_step)
+  is_small = LessOrEqual (bits, four)
+  is_smallest = Less (bits, four)
+  not_largest = Less (bits, eight)
+  four_or_eight = Where (not_largest, four, eight)
+  low_bits = Where (is_smallest, two, four_or_eight)
+  high_bits = Sub (bits, low_bits)
+  high_width = Max (high_bits, one)
+  last_line = Sub (bits, one)
+  low_line = Mod (run_numbers, low_bits)
+  low_turn = Div (run_numbers, low_bits)
+  low_shift = Mul (low_turn, low_bits)
+  high_mod = Mod (run_numbers, high_width)
+  high_after = Add (high_mod, low_bits)
+  high_line = Min (high_after, last_line)
+  high_turn = Div (run_numbers, high_width)
+  high_shift = Mul (high_turn, high_width)
+  run_axes = Constant <value_ints = [1, 2]> ()
+  low_shift_bytes = Cast <to = 2> (low_shift)
+  high_shift_bytes = Cast <to = 2> (high_shift)
+  low_shifts = Unsqueeze (low_shift_bytes, run_axes)
+  high_shifts = Unsqueeze (high_shift_bytes, run_axes)
+  low_values = Pow (two, low_bits)
+  high_values = Pow (two, high_bits)
+  low_mask_int = Sub (low_values, one)
+  high_mask_int = Sub (high_values, one)
+  low_mask = Cast <to = 2> (low_mask_int)
+  high_mask = Cast <to = 2> (high_mask_int)
+  high_up = Cast <to = 2> (low_bits)
   values = Pow (two, bits)
-  mask_int = Sub (values, one)
-  mask = Cast <to = 2> (mask_int)
   block_groups = Div (block, group)
   groups = Mul (blocks, block_groups)
 """
 
-# B (N, blocks, bytes): each row's codes in order, low bits first. In the tiles, the codes that share a byte are half a
-# group of columns apart: they are taken from neighbouring columns instead, one for each half.
-_CODES = """
-  shift_axes = Constant <value_ints = [1, 2, 3]> ()
-  shifts = Unsqueeze (shifts_byte, shift_axes)
-  pairs = Div (four, codes_a_byte)
-  runs_shape = Concat <axis = 0> (rest, parts, groups, one, bits, sixteen, pairs, codes_a_byte)
-  runs = Reshape (codes, runs_shape)
-  first_byte = Gather <axis = 7> (runs, start)
-  last_number = Squeeze (last_code)
-  last_byte = Gather <axis = 7> (runs, last_number)
-  first_shifted = BitShift <direction = "RIGHT"> (first_byte, shifts)
-  last_shifted = BitShift <direction = "RIGHT"> (last_byte, shifts)
-  low = BitwiseAnd (first_shifted, mask)
-  high = BitShift <direction = "LEFT"> (last_shifted, up)
-  packed = BitwiseOr (low, high)
+# OUT (..., 8 runs, A, 4) from IN (..., lines, A, 4), whose lines are on axis AXIS.
+_UNPACKED = """
+  low_lines = Gather <axis = AXIS> (IN, low_line)
+  low_moved = BitShift <direction = "RIGHT"> (low_lines, low_shifts)
+  low_codes = BitwiseAnd (low_moved, low_mask)
+  high_lines = Gather <axis = AXIS> (IN, high_line)
+  high_moved = BitShift <direction = "RIGHT"> (high_lines, high_shifts)
+  high_codes = BitwiseAnd (high_moved, high_mask)
+  high_in_place = BitShift <direction = "LEFT"> (high_codes, high_up)
+  OUT = BitwiseOr (low_codes, high_in_place)
+"""
 
-  turned = Transpose <perm = [1, 0, 5, 2, 3, 4, 6]> (packed)
-  bytes = Div (block, codes_a_byte)
-  whole_shape = Concat <axis = 0> (parts, rest, blocks, bytes)
+# C (N, blocks, block): each row's codes in order, a byte each.
+_CODES = """
+  lines_shape = Concat <axis = 0> (rest, parts, groups, bits, sixteen, four)
+  lines = Reshape (codes, lines_shape)
+UNPACKED
+  turned = Transpose <perm = [1, 0, 4, 2, 3, 5]> (runs)
+  whole_shape = Concat <axis = 0> (parts, rest, blocks, block)
   whole = Reshape (turned, whole_shape)
   cut = Slice (whole, zero, part_rows, one)
-  B_shape = Concat <axis = 0> (N, blocks, bytes)
-  B = Reshape (cut, B_shape)
-"""
+  C_shape = Concat <axis = 0> (N, blocks, block)
+  C = Reshape (cut, C_shape)
+""".replace("UNPACKED", _UNPACKED.replace("OUT", "runs").replace("IN", "lines").replace("AXIS", "3"))
 
 # NAME_rows (N, blocks) from NAME, which has an entry for each row and block of the tiles, or one for all.
 _ROWS = """
@@ -105,34 +129,35 @@ _ROWS = """
   NAME_rows = Reshape (NAME_cut, NAME_rows_shape)
 """
 
+# Scales and minima as floats, whatever their type: steps are one where they are float16, and the last is the minima's.
+_STEPPED = """
+  steps_float = Cast <to = 1> (steps)
+  scale_steps = Slice (steps_float, zero, one, one)
+  minimum_steps = Slice (steps_float, rest, two, one)
+  scales_cast = Cast <to = 1> (scales)
+  scales_float = Mul (scales_cast, scale_steps)
+  minima_cast = Cast <to = 1> (minima)
+  minima_float = Mul (minima_cast, minimum_steps)
+"""
+
 _FLOATS = """
-  S = Cast <to = 1> (scales_rows)
+  S = Identity (scales_float_rows)
   zeros_float = Cast <to = 1> (zeros_rows)
-  minima_float = Cast <to = 1> (minima_rows)
 """
 
-# offsets (N, blocks): the values are S * (code - middle) + offsets, the middle being 2^(bits-1).
+# offsets (N, blocks): beside minima the values are S * (code - middle) + offsets, so that codes are small where they
+# meet rounded activations. zero_points (N, blocks): what codes are measured from. (Size would do for minima_count, but
+# has no float16 kernel and is not folded.)
 _OFFSETS = """
-  middle_int = Div (values, two)
-  middle = Cast <to = 1> (middle_int)
-  steps = Sub (middle, zeros_float)
-  way = Mul (S, steps)
-  offsets = Add (way, minima_float)
-"""
-
-# Z (N, bytes): zero points packed as the codes are.
-_ZEROS = """
-  minus_blocks = Neg (blocks)
-  missing_zeros = Mod (minus_blocks, codes_a_byte)
-  zeros_pads = Concat <axis = 0> (zero, zero, zero, missing_zeros)
-  zeros_padded = Pad (zeros_rows, zeros_pads)
-  zeros_shape = Concat <axis = 0> (N, rest, codes_a_byte)
-  zeros_pairs = Reshape (zeros_padded, zeros_shape)
-  zeros_first = Gather <axis = 2> (zeros_pairs, zero)
-  zeros_last = Gather <axis = 2> (zeros_pairs, last_code)
-  zeros_high = BitShift <direction = "LEFT"> (zeros_last, up)
-  zeros_packed = BitwiseOr (zeros_first, zeros_high)
-  Z = Squeeze (zeros_packed, rest)
+  minima_shape = Shape (minima)
+  minima_count = ReduceProd (minima_shape)
+  has_minima = Greater (minima_count, one)
+  middle_values = Div (values, two)
+  middle_byte = Cast <to = 2> (middle_values)
+  zero_points = Where (has_minima, middle_byte, zeros_rows)
+  middle = Cast <to = 1> (middle_values)
+  way = Mul (S, middle)
+  offsets = Add (way, minima_float_rows)
 """
 
 # NORMED = RMSNorm(X) * WEIGHT. onnxruntime fuses this to one node; its own SimplifiedLayerNormalization would crash it
@@ -148,36 +173,65 @@ _NORM = """
   NORMED = Mul (X_unit, WEIGHT)
 """
 
-# product = n W^T. Without zero points MatMulNBits takes the middle code for zero, and the offsets from there multiply
-# the blocks' sums. (Size would do for minima_count, but has no float16 kernel and is not folded.)
-_PRODUCT = """
-  minima_shape = Shape (minima)
-  minima_count = ReduceProd (minima_shape)
-  has_minima = Greater (minima_count, one)
+# Two codes to a byte.
+_HALVES = """
+      NAME_pairs_shape = Concat <axis = 0> (N, BLOCKS, rest, two)
+      NAME_pairs = Reshape (FROM, NAME_pairs_shape)
+      NAME_first = Gather <axis = 3> (NAME_pairs, start)
+      NAME_second = Gather <axis = 3> (NAME_pairs, run_step)
+      NAME_up = BitShift <direction = "LEFT"> (NAME_second, small_shift)
+      NAME = BitwiseOr (NAME_first, NAME_up)
+"""
+
+# product = n W^T. MatMulNBits takes the codes less their zero points; beside minima, the offsets from there multiply
+# the blocks' sums.
+_PRODUCT = (
+    """
+  from_zero = If (is_small) <
+    then_branch = in_four () => (float small_product) {
+      small_shift_int = Squeeze (four)
+      small_shift = Cast <to = 2> (small_shift_int)
+"""
+    + _HALVES.replace("NAME", "small_B").replace("FROM", "C").replace("BLOCKS", "blocks")
+    + """
+      minus_blocks = Neg (blocks)
+      missing_zeros = Mod (minus_blocks, two)
+      zeros_pads = Concat <axis = 0> (zero, zero, zero, missing_zeros)
+      zeros_padded = Pad (zero_points, zeros_pads)
+"""
+    + _HALVES.replace("NAME", "small_pairs").replace("FROM", "zeros_padded").replace("BLOCKS", "one")
+    + """
+      small_Z = Squeeze (small_pairs, one)
+      small_product = com.microsoft.MatMulNBits <
+        N: int = @N, K: int = @K, bits = 4, block_size: int = @block, accuracy_level = LEVEL
+      > (n, small_B, S, small_Z)
+    },
+    else_branch = in_eight () => (float large_product) {
+      large_product = com.microsoft.MatMulNBits <
+        N: int = @N, K: int = @K, bits = 8, block_size: int = @block, accuracy_level = LEVEL
+      > (n, C, S, zero_points)
+    }
+  >
   product = If (has_minima) <
     then_branch = with_minima () => (float with) {
-      from_middle = com.microsoft.MatMulNBits <
-        N: int = @N, K: int = @K, bits: int = @bits, block_size: int = @block, accuracy_level = LEVEL
-      > (n, B, S)
       width = Mul (blocks, block)
       missing = Sub (width, K)
       pads = Concat <axis = 0> (zero, missing)
       padded = Pad (n, pads, , rest)
       leading = Shape <end = -1> (n)
-      blocks_shape = Concat <axis = 0> (leading, blocks, block)
-      in_blocks = Reshape (padded, blocks_shape)
+      sums_shape = Concat <axis = 0> (leading, blocks, block)
+      in_blocks = Reshape (padded, sums_shape)
       sums = ReduceSum <keepdims = 0> (in_blocks, rest)
       columns = Transpose <perm = [1, 0]> (offsets)
       share = MatMul (sums, columns)
-      with = Add (from_middle, share)
+      with = Add (from_zero, share)
     },
     else_branch = without_minima () => (float without) {
-      without = com.microsoft.MatMulNBits <
-        N: int = @N, K: int = @K, bits: int = @bits, block_size: int = @block, accuracy_level = LEVEL
-      > (n, B, S, Z)
+      without = Identity (from_zero)
     }
   >
 """
+)
 
 _GATE = """
   gate, other = Split <axis = -1, num_outputs = 2> (product)
@@ -192,22 +246,19 @@ _EMBEDDING = """
   lane_number = Mod (ids_flat, sixteen)
   lane = Unsqueeze (lane_number, rest)
   picked = Gather (codes, tile)
-  runs_shape = Concat <axis = 0> (rest, groups, bits, sixteen, four)
-  runs = Reshape (picked, runs_shape)
-  lanes_first = Transpose <perm = [0, 3, 1, 2, 4]> (runs)
-  row = GatherND <batch_dims = 1> (lanes_first, lane)
-  half_axis = Constant <value_ints = [2]> ()
-  row_halves = Unsqueeze (row, half_axis)
-  shift_axes = Constant <value_ints = [1, 2]> ()
-  shifts = Unsqueeze (shifts_byte, shift_axes)
-  shifted = BitShift <direction = "RIGHT"> (row_halves, shifts)
-  row_codes = BitwiseAnd (shifted, mask)
+  lines_shape = Concat <axis = 0> (rest, groups, bits, sixteen, four)
+  lines = Reshape (picked, lines_shape)
+  lanes_first = Transpose <perm = [0, 3, 1, 2, 4]> (lines)
+  picked_row = GatherND <batch_dims = 1> (lanes_first, lane)
+  lane_axis = Constant <value_ints = [3]> ()
+  row = Unsqueeze (picked_row, lane_axis)
+UNPACKED
   blocks_shape = Concat <axis = 0> (rest, blocks, block)
   in_blocks = Reshape (row_codes, blocks_shape)
   row_values = Cast <to = 1> (in_blocks)
   row_zeros = Gather (zeros_float, ids_flat)
   row_scales = Gather (S, ids_flat)
-  row_minima = Gather (minima_float, ids_flat)
+  row_minima = Gather (minima_float_rows, ids_flat)
   zero_column = Unsqueeze (row_zeros, rest)
   scale_column = Unsqueeze (row_scales, rest)
   minimum_column = Unsqueeze (row_minima, rest)
@@ -221,7 +272,7 @@ _EMBEDDING = """
   ids_shape = Shape (ids)
   y_shape = Concat <axis = 0> (ids_shape, K)
   y = Reshape (flat, y_shape)
-"""
+""".replace("UNPACKED", _UNPACKED.replace("OUT", "row_codes").replace("IN", "row").replace("AXIS", "2"))
 
 _HEADS = """
   num_heads = Constant <value_int: int = @num_heads> ()
@@ -270,6 +321,13 @@ _ATTENTION = """
 """
 
 
+# Exact attention needs no summaries of the cache: they stay as they are.
+_SUMMARIES = """
+  present_codes = Identity (past_codes)
+  present_means = Identity (past_means)
+"""
+
+
 def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto]:
     """A function for each operator of the table: to be a model's `functions`, beside an import of their domain.
 
@@ -277,7 +335,7 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
     do with many rows, where the processor has instructions for it (accuracy level 4 of MatMulNBits); else they are in
     float32, several times slower.
     """
-    linear, gated = (_matrix(parts=parts) + _CODES + _ZEROS + _OFFSETS for parts in (1, 2))
+    linear, gated = (_matrix(parts=parts) + _CODES + _OFFSETS for parts in (1, 2))
     norm = _norm("x", "norm", "n")
     head_norms = _norm("q_heads", "q_norm", "q_normed") + _norm("k_heads", "k_norm", "k_normed")
     product = _PRODUCT.replace("LEVEL", "4" if int8_activations else "0")
@@ -289,13 +347,15 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
         "QuantEmbedding": _matrix(parts=1) + _EMBEDDING,
         "Attention": _HEADS + _PLAIN_HEADS + _ATTENTION,
         "NormAttention": _HEADS + _SPLIT_HEADS + head_norms + _JOINED_HEADS + _ATTENTION,
+        "HadamardSparseAttention": _HEADS + _PLAIN_HEADS + _ATTENTION + _SUMMARIES,
+        "NormHadamardSparseAttention": _HEADS + _SPLIT_HEADS + head_norms + _JOINED_HEADS + _ATTENTION + _SUMMARIES,
     }
     return [_function(name, body) for name, body in bodies.items()]
 
 
 def _matrix(*, parts: int) -> str:
-    rows = "".join(_ROWS.replace("NAME", name) for name in ("scales", "zeros", "minima"))
-    return _SHAPES.replace("PARTS", str(parts)) + _BYTES + rows + _FLOATS
+    rows = "".join(_ROWS.replace("NAME", name) for name in ("scales_float", "zeros", "minima_float"))
+    return _SHAPES.replace("PARTS", str(parts)) + _BYTES + _STEPPED + rows + _FLOATS
 
 
 def _norm(x: str, weight: str, normed: str) -> str:
@@ -309,7 +369,13 @@ def _function(name: str, body: str) -> onnx.FunctionProto:
         f'<domain: "{DOMAIN}", opset_import: ["": 21, "com.microsoft": 1]>\n'
         f"{name} <{attributes}> ({inputs}) => ({outputs}) {{{_NUMBERS}{body}}}"
     )
-    for node in function.node:
-        for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-            branch.output[0].type.tensor_type.ClearField("shape")  # the text can only say "scalar", but x has any rank
+    _forget_shapes(function.node)
     return function
+
+
+def _forget_shapes(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Of the outputs of branches: the text can only say "scalar", but x has any rank."""
+    for node in nodes:
+        for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            branch.output[0].type.tensor_type.ClearField("shape")
+            _forget_shapes(branch.node)

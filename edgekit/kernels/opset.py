@@ -2,8 +2,9 @@
 
 Quantised weights come in tiles of sixteen rows (`edgekit.kernels.pack`): `codes`, `scales`, `zeros` and `minima`. Where
 all rows share the zero point, `zeros` holds that one number, and where nothing is added, `minima`, `bias` or `residual`
-hold a single zero. So no input is ever absent, and each operator means one formula. W is the (N, K) matrix of values
-scale * (code - zero) + minimum.
+hold a single zero. Scales are float16, and `steps` then a single one; or they are uint8 and minima int8, and `steps`
+holds what a unit of them is worth in each row. So no input is ever absent (but steps, in models of before there were
+any), and each operator means one formula. W is the (N, K) matrix of values scale * (code - zero) + minimum.
 
     QuantLinear            y = x W^T + bias + residual
     NormQuantLinear        y = n W^T + bias,                       n = RMSNorm(x) * norm
@@ -11,6 +12,10 @@ scale * (code - zero) + minimum.
     QuantEmbedding         y = W[ids]
     Attention              q and k rotated, k and v appended to the cache, then causal softmax(q k^T / sqrt(d)) v
     NormAttention          the same after RMSNorm of each q and k head
+    HadamardSparseAttention, NormHadamardSparseAttention
+                           the same for several tokens, and for one token an estimate of it: positions that 2-bit codes
+                           of the keys find are attended exactly, the others by their estimated weights and the mean
+                           values of their pages (`edgekit.kernels.sparse`). Without the kernels it is exact.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ _MATRIX = ("N", "K", "bits", "block")
 _CACHE = ("qkv", "past_key", "past_value", "last", "cos", "sin")
 _HEADS = ("num_heads", "kv_num_heads", "head_dim", "local_window_size")
 _PRESENT = ("y", "present_key", "present_value")
+_SPARSE_CACHE = ("qkv", "past_key", "past_value", "past_codes", "past_means", "last", "cos", "sin")
+_SPARSE = (*_SPARSE_CACHE, "center", "step", "budget")
+_SPARSE_HEADS = (*_HEADS, "sinks", "recent", "followers", "dense_below")
+_SPARSE_PRESENT = (*_PRESENT, "present_codes", "present_means")
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,18 @@ class Op:
 OPS = {
     op.name: op
     for op in (
-        Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual"), ("y",), _MATRIX),
-        Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias"), ("y",), (*_MATRIX, "epsilon")),
-        Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS), ("y",), (*_MATRIX, "epsilon")),
-        Op("QuantEmbedding", ("ids", *_WEIGHTS), ("y",), _MATRIX),
+        Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual", "steps"), ("y",), _MATRIX),
+        Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias", "steps"), ("y",), (*_MATRIX, "epsilon")),
+        Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon")),
+        Op("QuantEmbedding", ("ids", *_WEIGHTS, "steps"), ("y",), _MATRIX),
         Op("Attention", _CACHE, _PRESENT, _HEADS),
         Op("NormAttention", (*_CACHE, "q_norm", "k_norm"), _PRESENT, (*_HEADS, "epsilon")),
+        Op("HadamardSparseAttention", _SPARSE, _SPARSE_PRESENT, _SPARSE_HEADS),
+        Op(
+            "NormHadamardSparseAttention",
+            (*_SPARSE, "q_norm", "k_norm"),
+            _SPARSE_PRESENT,
+            (*_SPARSE_HEADS, "epsilon"),
+        ),
     )
 }

@@ -6,7 +6,7 @@ One SIMD register then feeds sixteen rows at once, and a block's codes lie toget
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,34 +16,47 @@ from edgekit.weight import Bytes, Quantized, pack, unpack
 
 LANES = 16
 GROUP = 32  # columns that are packed together
+RUNS = 8  # of four columns each make a group
 
 Halves = NDArray[np.float16]
-Array = TypeVar("Array", Bytes, Halves)
+Numbers = NDArray[Any]
+
+
+def low_bits(bits: int) -> int:
+    """Bits of the low plane of codes, the rest being the high plane's: 2, 2 + 1, 4, 4 + 1, 4 + 2, 8."""
+    return 2 if bits < 4 else 4 if bits < 8 else 8
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A matrix in tiles. `offsets` are zero points (uint8) or minima (float16), or None where it is symmetric.
+    """A matrix in tiles. `offsets` are zero points (uint8) or minima, or None where it is symmetric.
 
-    codes: (tiles, blocks, 16 * block * bits / 8) uint8; scales, offsets: (tiles, blocks, 16).
+    codes: (tiles, blocks, 16 * block * bits / 8) uint8; scales, offsets: (tiles, blocks, 16). Scales and minima are
+    float16, or uint8 and int8 with float16 `steps` (tiles, 1, 16), (tiles, 2, 16) with minima.
     """
 
     codes: Bytes
-    scales: Halves
-    offsets: Bytes | Halves | None
+    scales: Numbers
+    offsets: Numbers | None
     bits: int
     block: int
     rows: int
     columns: int
+    steps: Halves | None = None
 
-    def constants(self) -> tuple[Bytes, Halves, Bytes, Halves]:
-        """`codes`, `scales`, `zeros` and `minima` as the operators take them: see `edgekit.kernels.opset`."""
+    @property
+    def has_minima(self) -> bool:
+        return self.offsets is not None and self.offsets.dtype != np.uint8
+
+    def constants(self) -> tuple[Bytes, Numbers, Bytes, Numbers, Halves]:
+        """`codes`, `scales`, `zeros`, `minima` and `steps` as the operators take them: see `edgekit.kernels.opset`."""
         zeros, minima = np.array([1 << (self.bits - 1)], np.uint8), np.zeros(1, np.float16)
-        if self.offsets is not None and self.offsets.dtype == np.uint8:
-            zeros = self.offsets.astype(np.uint8, copy=False)
+        if self.offsets is not None and self.has_minima:
+            zeros, minima = np.zeros(1, np.uint8), self.offsets
         elif self.offsets is not None:
-            zeros, minima = np.zeros(1, np.uint8), self.offsets.astype(np.float16, copy=False)
-        return self.codes, self.scales, zeros, minima
+            zeros = self.offsets
+        steps = np.ones((1, 1, 1), np.float16) if self.steps is None else self.steps
+        return self.codes, self.scales, zeros, minima, steps
 
 
 def tile(weight: Quantized) -> Tiles:
@@ -54,56 +67,72 @@ def tile(weight: Quantized) -> Tiles:
         raise ModelError(f"tiles need blocks of a multiple of {GROUP} columns: got {weight.block}")
     codes = _whole_tiles(unpack(weight.codes, weight.bits).reshape(rows, blocks, weight.block))
     # (tiles, 16, blocks, groups, 8 runs, 4 columns) -> (tiles, blocks, groups, 8 runs, 16 rows, 4 columns)
-    runs = codes.reshape(-1, LANES, blocks, weight.block // GROUP, 8, 4).transpose(0, 2, 3, 4, 1, 5)
-    if weight.bits == 4:
-        runs = runs[:, :, :, :4] | (runs[:, :, :, 4:] << np.uint8(4))
-    offsets: Bytes | Halves | None = None
+    runs = codes.reshape(-1, LANES, blocks, weight.block // GROUP, RUNS, 4).transpose(0, 2, 3, 4, 1, 5)
+    low = low_bits(weight.bits)
+    planes = [_plane(runs & np.uint8((1 << low) - 1), low)]
+    if weight.bits > low:
+        planes.append(_plane(runs >> np.uint8(low), weight.bits - low))
+    offsets: Numbers | None = None
     if weight.minima is not None:
         offsets = _lanes(weight.minima)
     elif weight.zeros is not None:
         offsets = _lanes(unpack(weight.zeros, weight.bits)[:, :blocks])
     return Tiles(
-        codes=np.ascontiguousarray(runs).reshape(len(codes) // LANES, blocks, -1),
+        codes=np.concatenate(planes, axis=3).reshape(len(codes) // LANES, blocks, -1),
         scales=_lanes(weight.scales),
         offsets=offsets,
         bits=weight.bits,
         block=weight.block,
         rows=rows,
         columns=columns,
+        steps=None if weight.steps is None else _lanes(weight.steps),
     )
 
 
 def untile(tiles: Tiles) -> Quantized:
     """Undo `tile`."""
     blocks = tiles.scales.shape[1]
-    runs = tiles.codes.reshape(-1, blocks, tiles.block // GROUP, tiles.bits, LANES, 4)  # as many runs as bits
-    if tiles.bits == 4:
-        runs = np.concatenate([runs & np.uint8(15), runs >> np.uint8(4)], axis=3)
+    low = low_bits(tiles.bits)
+    lines = tiles.codes.reshape(-1, blocks, tiles.block // GROUP, tiles.bits, LANES, 4)  # as many lines as bits
+    runs = _runs(lines[:, :, :, :low], low)
+    if tiles.bits > low:
+        runs = runs | (_runs(lines[:, :, :, low:], tiles.bits - low) << np.uint8(low))
     codes = runs.transpose(0, 4, 1, 2, 3, 5).reshape(-1, blocks, tiles.block)[: tiles.rows]
-    zeros, minima = None, None
-    if tiles.offsets is not None and tiles.offsets.dtype == np.uint8:
-        zeros = pack(_rows(tiles.offsets.astype(np.uint8, copy=False), tiles.rows), tiles.bits)
-    elif tiles.offsets is not None:
-        minima = _rows(tiles.offsets.astype(np.float16, copy=False), tiles.rows)
+    offsets = None if tiles.offsets is None else _rows(tiles.offsets, tiles.rows)
     return Quantized(
         pack(codes, tiles.bits),
         _rows(tiles.scales, tiles.rows),
-        zeros,
+        None if offsets is None or tiles.has_minima else pack(offsets, tiles.bits),
         bits=tiles.bits,
         block=tiles.block,
         columns=tiles.columns,
-        minima=minima,
+        minima=offsets if tiles.has_minima else None,
+        steps=None if tiles.steps is None else _rows(tiles.steps, tiles.rows),
     )
+
+
+def _plane(runs: Bytes, width: int) -> Bytes:
+    """(..., 8 runs, 16, 4) of `width` bits to (..., width lines, 16, 4): line i has the runs i, i + width ..."""
+    lines = np.zeros((*runs.shape[:3], width, *runs.shape[4:]), np.uint8)
+    for first in range(0, RUNS, width):
+        lines |= runs[:, :, :, first : first + width] << np.uint8(first)  # the shift of field k is width * k
+    return lines
+
+
+def _runs(lines: Bytes, width: int) -> Bytes:
+    """Undo `_plane`."""
+    mask = np.uint8((1 << width) - 1)
+    return np.concatenate([(lines >> np.uint8(first)) & mask for first in range(0, RUNS, width)], axis=3)
 
 
 def interleave(gate: Tiles, up: Tiles) -> Tiles:
     """Tiles of two matrices in turn, gate first: what a gated product reads.
 
-    Raises ModelError: the two differ in shape, bits, block or kind of offset.
+    Raises ModelError: the two differ in shape, bits, block, or kind of offset or scale.
     """
     if _kind(gate) != _kind(up):
         raise ModelError(
-            "a gate and its partner must agree in (rows, columns, bits, block, offsets): got"
+            "a gate and its partner must agree in (rows, columns, bits, block, offsets, scales): got"
             f" {_kind(gate)} and {_kind(up)}; store them alike or apart"
         )
     return replace(
@@ -111,6 +140,7 @@ def interleave(gate: Tiles, up: Tiles) -> Tiles:
         codes=_in_turn(gate.codes, up.codes),
         scales=_in_turn(gate.scales, up.scales),
         offsets=None if gate.offsets is None or up.offsets is None else _in_turn(gate.offsets, up.offsets),
+        steps=None if gate.steps is None or up.steps is None else _in_turn(gate.steps, up.steps),
         rows=gate.rows + up.rows,
     )
 
@@ -124,15 +154,16 @@ def separate(tiles: Tiles) -> tuple[Tiles, Tiles]:
             codes=tiles.codes[first::2],
             scales=tiles.scales[first::2],
             offsets=None if tiles.offsets is None else tiles.offsets[first::2],
+            steps=None if tiles.steps is None else tiles.steps[first::2],
             rows=tiles.rows // 2,
         )
 
     return half(0), half(1)
 
 
-def _kind(tiles: Tiles) -> tuple[int, int, int, int, str]:
+def _kind(tiles: Tiles) -> tuple[int, int, int, int, str, str]:
     offsets = "none" if tiles.offsets is None else str(tiles.offsets.dtype)
-    return tiles.rows, tiles.columns, tiles.bits, tiles.block, offsets
+    return tiles.rows, tiles.columns, tiles.bits, tiles.block, offsets, str(tiles.scales.dtype)
 
 
 def _in_turn(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
@@ -140,17 +171,17 @@ def _in_turn(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return np.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
-def _lanes(values: Array) -> Array:
+def _lanes(values: Numbers) -> Numbers:
     """(rows, blocks) to (tiles, blocks, 16)."""
     return np.ascontiguousarray(_whole_tiles(values).reshape(-1, LANES, values.shape[1]).transpose(0, 2, 1))
 
 
-def _rows(lanes: Array, rows: int) -> Array:
+def _rows(lanes: Numbers, rows: int) -> Numbers:
     """Undo `_lanes`."""
     return np.ascontiguousarray(lanes.transpose(0, 2, 1).reshape(-1, lanes.shape[1])[:rows])
 
 
-def _whole_tiles(values: Array) -> Array:
+def _whole_tiles(values: Numbers) -> Numbers:
     """Rows of zeros added up to a whole number of tiles."""
     missing = -len(values) % LANES
     return np.pad(values, [(0, missing), *[(0, 0)] * (values.ndim - 1)]) if missing else values

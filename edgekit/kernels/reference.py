@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.kernels import sparse
 from edgekit.kernels.pack import Tiles, separate, untile
-from edgekit.weight import Bytes, Floats
+from edgekit.weight import Bytes, Floats, SignedBytes
 
 Doubles = NDArray[np.float64]
 Halves = NDArray[np.float16]
@@ -31,11 +32,12 @@ FINE_ROWS = 64
 def quant_linear(
     x: Floats,
     codes: Bytes,
-    scales: Halves,
+    scales: Halves | Bytes,
     zeros: Bytes,
-    minima: Halves,
+    minima: Halves | SignedBytes,
     bias: Floats,
     residual: Floats,
+    steps: Halves,
     *,
     N: int,
     K: int,
@@ -44,7 +46,7 @@ def quant_linear(
     activations: Activations = "float32",
 ) -> Floats:
     """x W^T + bias + residual: (..., N) float32 from x (..., K)."""
-    W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    W = matrix(_tiles(codes, scales, zeros, minima, steps, N=N, K=K, bits=bits, block=block))
     return (product(x, W, block, activations) + bias + residual).astype(np.float32)
 
 
@@ -52,10 +54,11 @@ def norm_quant_linear(
     x: Floats,
     norm: Floats,
     codes: Bytes,
-    scales: Halves,
+    scales: Halves | Bytes,
     zeros: Bytes,
-    minima: Halves,
+    minima: Halves | SignedBytes,
     bias: Floats,
+    steps: Halves,
     *,
     N: int,
     K: int,
@@ -65,7 +68,7 @@ def norm_quant_linear(
     activations: Activations = "float32",
 ) -> Floats:
     """RMSNorm(x) W^T + bias: (..., N) float32."""
-    W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    W = matrix(_tiles(codes, scales, zeros, minima, steps, N=N, K=K, bits=bits, block=block))
     return (product(rms_norm(x, norm, epsilon), W, block, activations) + bias).astype(np.float32)
 
 
@@ -73,9 +76,10 @@ def gated_norm_quant_linear(
     x: Floats,
     norm: Floats,
     codes: Bytes,
-    scales: Halves,
+    scales: Halves | Bytes,
     zeros: Bytes,
-    minima: Halves,
+    minima: Halves | SignedBytes,
+    steps: Halves,
     *,
     N: int,
     K: int,
@@ -85,7 +89,7 @@ def gated_norm_quant_linear(
     activations: Activations = "float32",
 ) -> Floats:
     """silu(n Wg^T) * (n Wu^T) with n = RMSNorm(x): (..., N / 2) float32. N counts the rows of Wg and of Wu."""
-    halves = separate(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    halves = separate(_tiles(codes, scales, zeros, minima, steps, N=N, K=K, bits=bits, block=block))
     normed = rms_norm(x, norm, epsilon)
     gate, up = (product(normed, matrix(half), block, activations) for half in halves)
     with np.errstate(over="ignore"):  # where exp(-gate) is inf, silu is 0, as it should be
@@ -96,9 +100,10 @@ def gated_norm_quant_linear(
 def quant_embedding(
     ids: NDArray[np.int64],
     codes: Bytes,
-    scales: Halves,
+    scales: Halves | Bytes,
     zeros: Bytes,
-    minima: Halves,
+    minima: Halves | SignedBytes,
+    steps: Halves,
     *,
     N: int,
     K: int,
@@ -106,7 +111,7 @@ def quant_embedding(
     block: int,
 ) -> Floats:
     """W[ids]: (..., K) float32 from ids (...)."""
-    W = matrix(_tiles(codes, scales, zeros, minima, N=N, K=K, bits=bits, block=block))
+    W = matrix(_tiles(codes, scales, zeros, minima, steps, N=N, K=K, bits=bits, block=block))
     return W.astype(np.float32)[ids]
 
 
@@ -161,6 +166,78 @@ def norm_attention(
     return _attend(q, k, v, past_key, past_value, last, cos, sin, local_window_size)
 
 
+def hadamard_sparse_attention(
+    qkv: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    past_codes: Bytes,
+    past_means: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    center: Floats,
+    step: Floats,
+    budget: NDArray[np.int32],
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    head_dim: int,
+    local_window_size: int,
+    sinks: int,
+    recent: int,
+    followers: int,
+    dense_below: int,
+) -> tuple[Floats, Halves, Halves, Bytes, Halves]:
+    """`attention` for several tokens; for one token at a length above `dense_below` and `budget`, `sparse.attend`.
+
+    past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, pages, head_dim) summarise the cache in the
+    layout of `edgekit.kernels.sparse`; center (kv_num_heads, head_dim) and step (kv_num_heads,) are calibrated.
+    """
+    y, keys, values = attention(
+        qkv,
+        past_key,
+        past_value,
+        last,
+        cos,
+        sin,
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        head_dim=head_dim,
+        local_window_size=local_window_size,
+    )
+    tokens, total = qkv.shape[1], int(last.reshape(())) + 1
+    position = np.arange(total - tokens, total)
+    q, k, _ = np.split(_heads(qkv, head_dim), [num_heads, num_heads + kv_num_heads])
+    q, k = rotated(q, cos[position], sin[position]), rotated(k, cos[position], sin[position])
+    codes, means = past_codes.copy(), past_means.copy()
+    center = center.reshape(kv_num_heads, head_dim)
+    for head in range(kv_num_heads):
+        sparse.store(codes[0, head], sparse.encode(k[head], center[head], step[head]), position[0])
+        sparse.average(means[0, head], values[0, head, :total], position[0])
+    if tokens == 1 and total > max(dense_below, int(budget.reshape(()))):
+        group = num_heads // kv_num_heads
+        y = np.concatenate(
+            [
+                sparse.attend(
+                    q[head * group : (head + 1) * group, 0],
+                    keys[0, head, :total],
+                    values[0, head, :total],
+                    sparse.load(codes[0, head], total, head_dim),
+                    means[0, head],
+                    center[head],
+                    step[head],
+                    budget=int(budget.reshape(())),
+                    sinks=sinks,
+                    recent=recent,
+                    followers=followers,
+                ).reshape(1, 1, -1)
+                for head in range(kv_num_heads)
+            ],
+            axis=-1,
+        )
+    return y, keys, values, codes, means
+
+
 # --- what they are made of --------------------------------------------------------------------------------------------
 
 
@@ -201,11 +278,21 @@ def rotated(x: Floats, cos: Floats, sin: Floats) -> Floats:
 
 
 def _tiles(
-    codes: Bytes, scales: Halves, zeros: Bytes, minima: Halves, *, N: int, K: int, bits: int, block: int
+    codes: Bytes,
+    scales: Halves | Bytes,
+    zeros: Bytes,
+    minima: Halves | SignedBytes,
+    steps: Halves,
+    *,
+    N: int,
+    K: int,
+    bits: int,
+    block: int,
 ) -> Tiles:
-    """The constants of an operator as a matrix; single zero points and minima are the defaults of the table."""
+    """The constants of an operator as a matrix; single zero points, minima and steps are the defaults of the table."""
     offsets = minima if minima.size > 1 else zeros if zeros.size > 1 else None
-    return Tiles(codes, scales, offsets, bits=bits, block=block, rows=N, columns=K)
+    given = steps if scales.dtype == np.uint8 else None
+    return Tiles(codes, scales, offsets, bits=bits, block=block, rows=N, columns=K, steps=given)
 
 
 def _heads(qkv: Floats, head_dim: int) -> Floats:

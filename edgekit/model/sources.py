@@ -27,6 +27,8 @@ from edgekit.folder import digest
 from edgekit.manifest import NAME, SourceRecord
 from edgekit.model import hub
 from edgekit.model.builtin import BUILTIN, Progress, fetch_builtin
+from edgekit.model.encoder import open_encoder
+from edgekit.model.encoder_config import is_encoder
 from edgekit.model.gguf import open_gguf
 from edgekit.schema import nearest
 
@@ -47,7 +49,8 @@ def open_model(spec: str, *, offline: bool = False, progress: Progress | None = 
     if spec and os.path.exists(path):
         return open_path(path)
     if spec in BUILTIN:
-        opened = open_gguf(fetch_builtin(spec, offline=offline, progress=progress), digest=BUILTIN[spec].sha256)
+        path = fetch_builtin(spec, offline=offline, progress=progress)
+        opened = open_folder(path) if BUILTIN[spec].contents else open_gguf(path, digest=BUILTIN[spec].sha256)
         named = dataclasses.replace(opened.source, name=spec, license=BUILTIN[spec].license)
         return dataclasses.replace(opened, source=named)
     looks_like_file = spec.endswith(FILE_SUFFIXES)
@@ -91,7 +94,8 @@ def open_folder(folder: Path) -> Checkpoint:
         digest=folder_digest(folder, shards={path.name for path in tensors.files()}),
         license=readme_license(folder),
     )
-    return Checkpoint(config=config, tensors=tensors, source=source, assets=read_assets(folder))
+    opened = Checkpoint(config=config, tensors=tensors, source=source, assets=read_assets(folder))
+    return open_encoder(opened, folder) if is_encoder(config) else opened
 
 
 def folder_digest(folder: Path, *, shards: set[str]) -> str:

@@ -5,24 +5,33 @@ A verdict other than "cannot tell" needs three things at once: the 95% bootstrap
 number of repetitions, so independent samples of one thing are told apart at most once in twenty rows, and never with
 fewer than 4 repetitions on each side.
 
-What no statistic sees is what shifts a whole run: another process, heat, memory layout. The 2% allow for a little of
-that. On a busy machine interleave the two (a, b, a, b ...) and let each sample come from its own run.
+What no statistic of samples sees is what shifts a whole run: another process, heat, memory layout. Three things stand
+against it. The 2% allow for a little of it. Each run also measured the machine itself (`edgekit.profile.pace`): a
+verdict on speed must hold with the samples as they are and after dividing out how the machine's pace moved between the
+runs. And what drifted within the runs counts as what may lie between them: the ratio must leave 1 by more than the
+runs' halves differ. On a busy machine let two bundles take turns instead (`edgekit.profile.turns`), whose samples are
+pairs.
 Source: T. Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong, ASPLOS 2009; the rule is ours.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from edgekit.errors import UserError
-from edgekit.profile.stats import Difference, difference
+from edgekit.profile.pace import COMPUTING, READING
+from edgekit.profile.stats import Difference, difference, paired
 from edgekit.report import Measurement, Report
 
 Word = Literal["faster", "slower", "smaller", "larger", "cannot tell"]
 
 LEAST_CHANGE = 0.02
 LEAST_REPETITIONS = 4
+LEAST_PAIRS = 6  # the fewest that a signed rank test can tell apart at 5%
 _P_VALUE = 0.05
 _TIMES = frozenset({"ns", "us", "µs", "ms", "s", "min", "h"})
 
@@ -59,8 +68,9 @@ def compare(a: Report, b: Report, *, force: bool = False) -> tuple[Verdict, ...]
     if not force:
         _refuse_other_machine(a, b)
     others = {measurement.name: measurement for measurement in b.measurements}
+    moved = machine_moved(a, b)
     verdicts = tuple(
-        _judge(row, others[row.name], a.samples.get(row.name, ()), b.samples.get(row.name, ()))
+        _judge(row, others[row.name], a.samples.get(row.name, ()), b.samples.get(row.name, ()), moved)
         for row in a.measurements
         if row.name in others
     )
@@ -82,13 +92,39 @@ def _refuse_other_machine(a: Report, b: Report) -> None:
             )
 
 
-def _judge(a: Measurement, b: Measurement, before: tuple[float, ...], after: tuple[float, ...]) -> Verdict:
+def machine_moved(a: Report, b: Report) -> tuple[float, ...]:
+    """By which factors the machine's own pace changed from one run to the other: reading, computing; 1 is not at
+    all."""
+    found = []
+    for name in (READING, COMPUTING):
+        before, after = a.samples.get(name, ()), b.samples.get(name, ())
+        if before and after and min(*before, *after) > 0:
+            found.append(float(np.median(after) / np.median(before)))
+    return tuple(found)
+
+
+def judge_pairs(name: str, unit: str, a: tuple[float, ...], b: tuple[float, ...]) -> Verdict:
+    """Judge samples that were taken in turns, pair by pair. Raises UserError: not as many on either side."""
+    found = paired(a, b)
+    note = _doubt(found, min(len(a), len(b)), least=LEAST_PAIRS)
+    word: Word = "cannot tell" if note else _word(unit, rose=(found.ratio or 1) > 1)
+    values = float(np.median(a)), float(np.median(b))
+    return Verdict(name, unit, *values, found.ratio, found.low, found.high, found.p_value, word, note)
+
+
+def _judge(
+    a: Measurement,
+    b: Measurement,
+    before: tuple[float, ...],
+    after: tuple[float, ...],
+    moved: tuple[float, ...],
+) -> Verdict:
     if a.unit != b.unit:
         return _cannot_tell(a, b, f"the units differ: {a.unit} and {b.unit}")
     if not before or not after:
         return _cannot_tell(a, b, "no raw samples to judge by")
     found = difference(before, after)
-    note = _doubt(found, min(len(before), len(after)))
+    note = _doubt(found, min(len(before), len(after))) or _shift(found, a, before, after, moved)
     word: Word = "cannot tell" if note else _word(a.unit, rose=(found.ratio or 1) > 1)
     return Verdict(a.name, a.unit, a.value, b.value, found.ratio, found.low, found.high, found.p_value, word, note)
 
@@ -97,10 +133,40 @@ def _cannot_tell(a: Measurement, b: Measurement, note: str) -> Verdict:
     return Verdict(a.name, a.unit, a.value, b.value, None, None, None, None, "cannot tell", note)
 
 
-def _doubt(found: Difference, repetitions: int) -> str:
+def _shift(
+    found: Difference, row: Measurement, a: tuple[float, ...], b: tuple[float, ...], moved: tuple[float, ...]
+) -> str:
+    """Why a difference may come from the machine, "" when it does not; only times and rates have such a doubt."""
+    kind = _word(row.unit, rose=True)
+    if kind not in ("faster", "slower") or found.ratio is None or row.name in (READING, COMPUTING):
+        return ""
+    change = math.log(found.ratio)
+    for factor in moved:
+        pace = math.log(factor) if kind == "faster" else -math.log(factor)
+        rest = change - pace
+        if pace * change > 0 and (rest * change <= 0 or abs(rest) < LEAST_CHANGE):
+            return f"the machine itself was {factor - 1:+.0%} as fast in the second run; let the bundles take turns"
+    wander = max(_wander(a), _wander(b))
+    if abs(change) <= wander:
+        return f"within the runs the figures drifted by {wander:.0%}; let the bundles take turns"
+    return ""
+
+
+def _wander(samples: tuple[float, ...]) -> float:
+    """How far the halves of a run differ, as a logarithm, beyond what the spread of its samples explains."""
+    if len(samples) < 4:
+        return 0.0
+    logs = np.log(samples)
+    half = len(logs) // 2
+    apart = abs(float(np.median(logs[:half]) - np.median(logs[-half:])))
+    within = (float(np.std(logs[:half], ddof=1)) + float(np.std(logs[-half:], ddof=1))) / 2
+    return max(0.0, apart - 1.25 * within * math.sqrt(2 / half))
+
+
+def _doubt(found: Difference, repetitions: int, *, least: int = LEAST_REPETITIONS) -> str:
     """Why the difference is not to be trusted, "" when it is."""
-    if repetitions < LEAST_REPETITIONS:
-        return f"{repetitions} repetitions are too few, {LEAST_REPETITIONS} on each side are the least"
+    if repetitions < least:
+        return f"{repetitions} repetitions are too few, {least} on each side are the least"
     if found.ratio is None or found.low is None or found.high is None:
         return "a ratio needs samples above zero"
     if found.low <= 1 <= found.high or found.p_value > _P_VALUE:

@@ -1,118 +1,167 @@
-"""How fast a bundle is on this machine.
+"""One repetition, timed: prefill, decode token by token, and what a user waits for.
 
 `pp512` and `tg128` are llama-bench's tests: tokens a second of a prompt of 512 tokens from an empty cache, and of 128
 tokens generated one by one from an empty cache; tokenising and sampling take no part. Time to first token is what a
-user waits for: tokenising, prefill and sampling of a text of that length. One repetition of each is discarded first,
-and each repetition reads another prompt, so that no prefix cache can help.
+user waits for: tokenising, prefill and sampling of a text of that length. Each repetition reads another prompt, and the
+cache is emptied before each, so that no prefix cache can help.
+Source: llama.cpp, tools/llama-bench.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from edgekit.errors import UserError
-from edgekit.host import host_device
-from edgekit.manifest import now, versions
-from edgekit.profile.memory import PeakMemory
-from edgekit.profile.stats import drift, measured
-from edgekit.report import Measurement, Report
-from edgekit.runtime.session import Session
+from edgekit.bundle import MODEL, WEIGHTS, Bundle
+from edgekit.host import read
+from edgekit.profile.options import SWEEP_TOKENS
+from edgekit.runtime.engine import Engine
+from edgekit.runtime.session import Session, Timing
 
-Samples = dict[str, tuple[str, list[float]]]  # name -> (unit, one number a repetition)
+Span = tuple[float, float]  # of time.perf_counter, seconds
 
 
-def profile(
-    path: Path,
-    *,
-    prompt_tokens: int = 512,
-    generate_tokens: int = 128,
-    repetitions: int = 5,
-    context: int | None = None,
-    threads: int | None = None,
-    on_repetition: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
-    """Measure a bundle; `on_repetition` is told (repetitions done, in all).
+@dataclass(frozen=True)
+class Repetition:
+    """One repetition in seconds. `prefill` and `decode` are the spans that energy is counted over; of `decode`,
+    `inside` seconds were spent in onnxruntime."""
 
-    Raises UserError for counts below one or over the context, and what `Session.open` raises.
-    """
-    for option, count in (("--prompt", prompt_tokens), ("--generate", generate_tokens), ("--repeat", repetitions)):
-        if count < 1:
-            raise UserError(f"{option} must be at least 1: got {count}")
-    samples: Samples = {}
-    gaps: list[float] = []
-    with PeakMemory() as peak:
-        clock = time.perf_counter()
-        session = Session.open(path, context=context, threads=threads)
-        loaded = time.perf_counter() - clock
-        if max(prompt_tokens, generate_tokens) >= session.engine.context:
-            raise UserError(
-                f"--prompt and --generate must each be below the context of {session.engine.context} tokens:"
-                f" got {prompt_tokens} and {generate_tokens}; pass smaller ones, or a larger --context"
-            )
-        on_repetition(0, repetitions)
-        for repetition in range(repetitions + 1):
-            figures, between = _repeat(session, prompt_tokens, generate_tokens, seed=repetition)
-            if repetition == 0:
-                continue  # warm-up
-            on_repetition(repetition, repetitions)
-            gaps += [gap * 1e3 for gap in between]
-            for name, (unit, numbers) in figures.items():
-                samples.setdefault(name, (unit, []))[1].extend(numbers)
-    rows = [measured(name, numbers, unit=unit) for name, (unit, numbers) in samples.items()]
-    rows += [
-        Measurement("gap between tokens, p90", float(np.percentile(gaps, 90)), "ms", n=len(gaps)),
-        Measurement("gap between tokens, p99", float(np.percentile(gaps, 99)), "ms", n=len(gaps)),
-        _drift(gaps),
-        Measurement("load", loaded * 1e3, "ms", note="digests, graph and packing; files may be in the page cache"),
-        Measurement("size of graph and weights", _size_mb(session), "MB"),
-        *_memory(session, peak),
-    ]
-    return Report(
-        title="profile",
-        subject=f"{path.resolve().name} {session.bundle.manifest.files['model.onnx'].sha256[:12]}",
-        measurements=tuple(rows),
-        machine={**host_device().fingerprint(), "threads": str(session.engine.threads)},
-        versions={**versions("numpy", "onnxruntime", "tokenizers"), "kernels": session.engine.kernels},
-        samples={name: tuple(numbers) for name, (_, numbers) in samples.items()},
-        created=now(),
-    )
+    prefill: Span
+    decode: Span
+    gaps: tuple[float, ...]
+    inside: float
+    first: Timing
 
 
-def _repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: int) -> tuple[Samples, list[float]]:
-    """One number of each kind, and the single gaps in seconds: those are no samples, each depends on the one before."""
+def repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: int) -> Repetition:
+    """Prefill, decode and first token of the prompt that `seed` draws."""
     engine = session.engine
     ids = np.random.default_rng(seed).integers(0, session.bundle.spec.vocabulary, prompt_tokens).tolist()
     engine.rewind(0)
-    clock = time.perf_counter()
+    begin = time.perf_counter()
     engine.forward(ids)
-    prefill = time.perf_counter() - clock
+    prefill = (begin, time.perf_counter())
+    inside = engine.run_seconds
+    decode, gaps = generate(engine, ids[0], generate_tokens)
+    inside = engine.run_seconds - inside
+    return Repetition(prefill, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
+
+
+def generate(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+    """Generate greedily from an empty cache: the span of all, and the gap of each token."""
     engine.rewind(0)
-    token, gaps = ids[0], []
-    for _ in range(generate_tokens):
-        clock = time.perf_counter()
-        logits = engine.forward([token])
-        gaps.append(time.perf_counter() - clock)
-        token = int(logits[-1].argmax())
-    return {
-        f"pp{prompt_tokens}": ("tok/s", [prompt_tokens / prefill]),
-        f"tg{generate_tokens}": ("tok/s", [generate_tokens / sum(gaps)]),
-        "time to first token": ("ms", [_first_token(session, ids) * 1e3]),
-        "gap between tokens": ("ms", [float(np.median(gaps)) * 1e3]),
-    }, gaps
+    return _steps(engine, token, count)
 
 
-def _first_token(session: Session, ids: Sequence[int]) -> float:
-    """Seconds from a text of as many tokens to the first token of its answer."""
-    text = text_of_length(session.tokenizer, ids)
+def _steps(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+    ticks = [time.perf_counter()]
+    for _ in range(count):
+        token = int(engine.forward([token])[-1].argmax())
+        ticks.append(time.perf_counter())
+    return (ticks[0], ticks[-1]), tuple(later - earlier for earlier, later in pairwise(ticks))
+
+
+def first_token(session: Session, text: str) -> Timing:
+    """From a text to the first token of its answer, with nothing in the cache."""
     session.engine.rewind(0)
     answer = session.generate(text, max_tokens=1)
     answer.text()
-    return answer.timing.first_token
+    return answer.timing
+
+
+def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float]:
+    """Seconds for reading `SWEEP_TOKENS` tokens, and for generating as many, with `depth` tokens in the cache."""
+    random = np.random.default_rng(seed)
+    engine.rewind(min(depth, len(engine.tokens)))
+    fill(engine, depth, seed=seed)
+    ids = random.integers(0, engine.spec.vocabulary, SWEEP_TOKENS).tolist()
+    clock = time.perf_counter()
+    engine.forward(ids)
+    prefill = time.perf_counter() - clock
+    (begin, end), _ = _steps(engine, ids[0], SWEEP_TOKENS)
+    return prefill, end - begin
+
+
+def fill(engine: Engine, depth: int, *, seed: int = 0) -> None:
+    """Append random tokens until `depth` are in the cache."""
+    missing = depth - len(engine.tokens)
+    if missing > 0:
+        engine.forward(np.random.default_rng(seed).integers(0, engine.spec.vocabulary, missing).tolist())
+
+
+def load(path: Path, *, context: int | None, threads: int | None) -> tuple[Session, float]:
+    """Open the bundle, and the seconds that it took: digests, graph, cache. Raises what `Session.open` raises."""
+    clock = time.perf_counter()
+    session = Session.open(path, context=context, threads=threads)
+    return session, time.perf_counter() - clock
+
+
+def cold_load(path: Path, *, context: int | None, threads: int | None) -> tuple[float | None, str]:
+    """Seconds that opening takes with the bundle's files out of memory, or None and the reason.
+
+    It happens in a process of its own, so that what it leaves behind in memory is not taken for the session's.
+    """
+    reason = drop_from_memory(path)
+    if reason:
+        return None, reason
+    words = [sys.executable, "-c", _COLD, str(path), str(context or 0), str(threads or 0)]
+    done = subprocess.run(words, capture_output=True, text=True)  # noqa: S603  this interpreter
+    try:
+        seconds, was_read = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+        return None, f"its process ended: {last[0][:200]}"
+    size = sum(path.joinpath(name).stat().st_size for name in (MODEL, WEIGHTS))
+    if was_read is None or was_read < size // 2:
+        return None, "the files could not be put out of memory: they were read from it, not from storage"
+    return seconds, ""
+
+
+_COLD = """
+import json, sys
+from pathlib import Path
+from edgekit.profile.latency import load, read_from_storage
+path, context, threads = sys.argv[1:]
+before = read_from_storage()
+_, seconds = load(Path(path), context=int(context) or None, threads=int(threads) or None)
+after = read_from_storage()
+print(json.dumps([seconds, None if before is None or after is None else after - before]))
+"""
+
+
+def drop_from_memory(path: Path) -> str:
+    """Ask the kernel to forget a bundle's files; "" or the reason why it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return "this system has no posix_fadvise to put files out of memory"
+    for name in Bundle.open(path).manifest.files:
+        handle = os.open(path / name, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as problem:
+            return f"the files could not be put out of memory: {problem.strerror}"
+        finally:
+            os.close(handle)
+    return ""
+
+
+def read_from_storage() -> int | None:
+    """Bytes that this process has had read from storage, by Linux's account."""
+    for line in read(Path("/proc/self/io")).splitlines():
+        key, _, number = line.partition(": ")
+        if key == "read_bytes" and number.isdecimal():
+            return int(number)
+    return None
 
 
 def text_of_length(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -124,23 +173,3 @@ def text_of_length(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     while len((encoded := tokenizer.encode(text)).ids) > len(ids) and len(text) > 1:
         text = text[: max(1, *(start for start, _ in encoded.offsets[: len(ids) + 1]))]
     return str(text)
-
-
-def _drift(gaps: Sequence[float]) -> Measurement:
-    """Last quarter of the gaps over the first: well above 1 when the machine slows down, by heat for instance."""
-    found = drift(gaps)
-    return Measurement("drift of the gaps", found, "ratio", n=len(gaps), note="" if found else "too few tokens")
-
-
-def _memory(session: Session, peak: PeakMemory) -> list[Measurement]:
-    note = f"with all {session.engine.context} tokens of context in the cache"
-    rows = [Measurement("memory predicted", session.memory.total_bytes / 1e6, "MB", "predicted", note=note)]
-    for name, size in (("peak PSS", peak.peak_pss_bytes), ("peak RSS", peak.peak_rss_bytes)):
-        note = "" if size is not None else "this system does not report it"
-        rows.append(Measurement(name, None if size is None else size / 1e6, "MB", note=note))
-    return rows
-
-
-def _size_mb(session: Session) -> float:
-    files = session.bundle.manifest.files
-    return sum(record.size_bytes for name, record in files.items() if name.startswith("model.onnx")) / 1e6

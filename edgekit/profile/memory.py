@@ -76,9 +76,9 @@ class PeakMemory:
 
     A thread reads this process's memory up to `hz` times a second, using at most a fiftieth of one core, and the block
     is read at either end. A rise between two readings is missed by the peaks of PSS and its parts; each is the highest
-    of its own, so the parts need not add up to the whole. The peak of RSS misses nothing when the block sets a new one
-    for the process, for then the kernel's own peak is the block's. `n` counts the readings. A figure is None where the
-    system does not tell it. Enter it once.
+    of its own, so the parts need not add up to the whole. `history` holds every reading with its time.perf_counter.
+    The peak of RSS misses nothing when the block sets a new one for the process, for then the kernel's own peak is the
+    block's. `n` counts the readings. A figure is None where the system does not tell it. Enter it once.
     """
 
     def __init__(self, *, hz: float = 10.0, root: Path = Path("/")) -> None:
@@ -87,6 +87,7 @@ class PeakMemory:
         self.peak_private_bytes: int | None = None
         self.peak_file_bytes: int | None = None
         self.n = 0
+        self.history: list[tuple[float, Memory]] = []
         self._root = root
         self._period_s = 1 / hz
         self._done = threading.Event()
@@ -94,7 +95,7 @@ class PeakMemory:
         self._peak_before: int | None = None
 
     def __enter__(self) -> Self:
-        self._peak_before = self._sample().peak_rss_bytes
+        self._peak_before = self.look().peak_rss_bytes
         self._thread.start()
         return self
 
@@ -103,7 +104,7 @@ class PeakMemory:
     ) -> None:
         self._done.set()
         self._thread.join()
-        peak = self._sample().peak_rss_bytes
+        peak = self.look().peak_rss_bytes
         if peak is not None and self._peak_before is not None and peak > self._peak_before:
             self.peak_rss_bytes = _higher(self.peak_rss_bytes, peak)
 
@@ -111,17 +112,50 @@ class PeakMemory:
         pause_s = self._period_s
         while not self._done.wait(pause_s):
             start = time.perf_counter()
-            self._sample()
+            self.look()
             pause_s = max(self._period_s, 49 * (time.perf_counter() - start))
 
-    def _sample(self) -> Memory:
+    def look(self) -> Memory:
+        """Read now, also after the block: where a thread beside the timed work would cost it time."""
         now = read_memory(self._root)
+        self.history.append((time.perf_counter(), now))
         self.peak_rss_bytes = _higher(self.peak_rss_bytes, now.rss_bytes)
         self.peak_pss_bytes = _higher(self.peak_pss_bytes, now.pss_bytes)
         self.peak_private_bytes = _higher(self.peak_private_bytes, now.private_bytes)
         self.peak_file_bytes = _higher(self.peak_file_bytes, now.file_bytes)
         self.n += 1
         return now
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Page faults of this process so far: `minor` found their page in memory, `major` had to read it from storage."""
+
+    minor: int
+    major: int
+
+
+def read_faults() -> Faults:
+    """The page faults of this process."""
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return Faults(usage.ru_minflt, usage.ru_majflt)
+
+
+def mapped_bytes(root: Path = Path("/")) -> dict[str, int]:
+    """PSS of this process by what backs it: each file's path, `[heap]` and the like, "" for anonymous memory.
+
+    Empty where the system does not tell. It walks every mapping: milliseconds.
+    """
+    sizes: dict[str, int] = {}
+    name = ""
+    for line in read(root / "proc/self/smaps").splitlines():
+        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)", line):
+            name = found[1]
+        elif found := re.match(r"Pss: +(\d+) kB", line):
+            sizes[name] = sizes.get(name, 0) + int(found[1]) * 1024
+    return sizes
 
 
 def _higher(a: int | None, b: int | None) -> int | None:

@@ -34,8 +34,20 @@ class Engine:
     which path of them, or "stock".
     """
 
-    def __init__(self, model: Path, spec: DecoderSpec, *, context: int, threads: int) -> None:
-        """Load the graph. Raises DeviceError when onnxruntime refuses it or the cache cannot be had."""
+    def __init__(
+        self,
+        model: Path,
+        spec: DecoderSpec,
+        *,
+        context: int,
+        threads: int,
+        budget: int | None = None,
+        trace: Path | None = None,
+    ) -> None:
+        """Load the graph; `trace` is how the file of `end_trace` begins, `budget` the one of sparse attention.
+
+        Raises DeviceError when onnxruntime refuses it or the cache cannot be had.
+        """
         self.spec = spec
         self.context = context
         self.threads = threads
@@ -45,6 +57,8 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised as well
+        if trace is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(trace)
         wanted = spec.operators == "edgekit"
         self.native = wanted and library.register(options, decode_threads=threads, prefill_threads=threads)
         self.kernels = library.path_name() or "stock" if self.native else "stock"
@@ -60,6 +74,8 @@ class Engine:
         self._last = self._bind_scalar("seqlens_k", np.zeros(1, np.int32))
         self._total = self._bind_scalar("total_sequence_length", np.zeros((), np.int32))
         self._keep = self._bind_scalar("logits_to_keep", np.ones((), np.int64))
+        if spec.sparse:
+            self._budget = self._bind_scalar("budget", np.array([spec.budget if budget is None else budget], np.int32))
         self._bound = (0, 0)
 
     def forward(self, ids: Sequence[int], *, keep: int = 1) -> NDArray[np.float32]:
@@ -88,6 +104,28 @@ class Engine:
         """Forget all but the first `length` tokens."""
         del self.tokens[length:]
 
+    @property
+    def budget(self) -> int | None:
+        """How many positions a token attends to exactly in sparse layers; None where there are none. It may be set."""
+        return int(self._budget[0]) if self.spec.sparse else None
+
+    @budget.setter
+    def budget(self, positions: int) -> None:
+        if not self.spec.sparse:
+            raise UserError("a budget needs sparse attention: export with --attention sparse")
+        if not 1 <= positions < 1 << 31:
+            raise UserError(f"the budget of sparse attention must be at least 1: got {positions}")
+        self._budget[0] = positions
+
+    def keys(self, layer: int) -> NDArray[Any]:
+        """The rotated keys of one layer that are in the cache, (kv_heads, tokens, head_dim); a view."""
+        view: NDArray[Any] = self._cache[f"{layer}.key"][0][0, :, : len(self.tokens)]
+        return view
+
+    def end_trace(self) -> Path:
+        """Stop taking the times of operators, which began with `trace`; returns onnxruntime's file of events."""
+        return Path(self._session.end_profiling())
+
     def _run(self, ids: Sequence[int], *, keep: int) -> NDArray[np.float32]:
         if self._bound != (len(ids), keep):
             self._bound = (0, 0)  # an interrupt between the bindings must not leave half of them valid
@@ -114,15 +152,18 @@ class Engine:
         return values
 
     def _bind_cache(self) -> None:
-        self._cache = []
+        self._cache = {}
         for index, layer in enumerate(self.spec.layers):
-            for part in ("key", "value"):
-                shape = (1, layer.kv_heads, self.context, layer.head_dim)
-                buffer = _lazy_zeros(shape, self.spec.cache_type)
+            shape = (1, layer.kv_heads, self.context, layer.head_dim)
+            parts = {part: _lazy_zeros(shape, self.spec.cache_type) for part in ("key", "value")}
+            if layer.sparse:
+                parts["codes"] = _lazy_zeros(layer.code_shape(self.context), np.dtype(np.uint8))
+                parts["means"] = _lazy_zeros(layer.mean_shape(self.context), np.dtype(np.float16))
+            for part, buffer in parts.items():
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
                 self._binding.bind_ortvalue_output(f"present.{index}.{part}", value)
-                self._cache.append((buffer, value))
+                self._cache[f"{index}.{part}"] = (buffer, value)
 
 
 def _lazy_zeros(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:

@@ -58,8 +58,16 @@ class Session:
         self.current: Generation | None = None
 
     @classmethod
-    def open(cls, path: str | Path, *, context: int | None = None, threads: int | None = None) -> Session:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        budget: int | None = None,
+    ) -> Session:
         """Open a bundle. `context` defaults to the bundle's, `threads` to the cores that this machine has for it.
+        `budget` is how many positions a token attends to exactly, where the bundle has sparse attention.
 
         Raises UserError or ModelError for a bad bundle, BudgetError before loading when memory does not suffice.
         """
@@ -69,11 +77,19 @@ class Session:
             raise UserError(f"--context must be from 1 to the bundle's {limit}: got {context}")
         if threads is not None and threads < 1:
             raise UserError(f"--threads must be at least 1: got {threads}")
+        if budget is not None and not bundle.spec.sparse:
+            raise UserError(f"--budget needs sparse attention: {path} has none; export with --attention sparse")
+        if budget is not None and not 1 <= budget < 1 << 31:
+            raise UserError(f"--budget must be at least 1: got {budget}")
         plan = plan_memory(bundle.spec, context=context or limit)
         plan.refuse_if_too_large()
         tokenizer = _tokenizer(bundle)
         engine = Engine(
-            bundle.file(MODEL), bundle.spec, context=context or limit, threads=threads or host_device().threads or 1
+            bundle.file(MODEL),
+            bundle.spec,
+            context=context or limit,
+            threads=threads or host_device().threads or 1,
+            budget=budget,
         )
         return cls(bundle, engine, tokenizer, _template(bundle))
 

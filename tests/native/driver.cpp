@@ -88,11 +88,13 @@ struct Case {
   int planes;
   bool gated, exact;  // exact: all scales are 1, so that sums stay whole numbers
   int64_t shift;
+  bool small;  // scales and minima of 8 bits
   std::string name() const {
     char text[160];
-    std::snprintf(text, sizeof text, "%d bits, block %d, offset %d, %lld x %lld, %lld inputs of %d%s%s", bits, block,
+    std::snprintf(text, sizeof text, "%d bits, block %d, offset %d, %lld x %lld, %lld inputs of %d%s%s%s", bits, block,
                   static_cast<int>(offset), static_cast<long long>(rows), static_cast<long long>(columns),
-                  static_cast<long long>(inputs), planes, gated ? ", gated" : "", exact ? ", exact" : "");
+                  static_cast<long long>(inputs), planes, gated ? ", gated" : "", exact ? ", exact" : "",
+                  small ? ", small scales" : "");
     return text;
   }
 };
@@ -100,8 +102,9 @@ struct Case {
 struct Problem {
   Case c;
   int64_t width, tiles, blocks;  // rows of the output; tiles and blocks of the matrix
-  Buffer<uint8_t> codes, zeros;
-  Buffer<uint16_t> scales, minima;
+  Buffer<uint8_t> codes, zeros, small_scales;
+  Buffer<int8_t> small_minima;
+  Buffer<uint16_t> scales, minima, steps;
   Buffer<int8_t> x_codes;
   Buffer<float> x_scales, bias, residual;
   Buffer<int32_t> x_sums;
@@ -113,8 +116,11 @@ struct Problem {
         blocks((c.columns + c.block - 1) / c.block),
         codes(tiles * blocks * kLanes * c.block * c.bits / 8, c.shift),
         zeros(tiles * blocks * kLanes, c.shift),
+        small_scales(tiles * blocks * kLanes, c.shift),
+        small_minima(tiles * blocks * kLanes, c.shift),
         scales(tiles * blocks * kLanes, c.shift),
         minima(tiles * blocks * kLanes, c.shift),
+        steps(tiles * kLanes * (c.offset == Offset::kMinimum ? 2 : 1), c.shift),
         x_codes(c.planes * c.inputs * blocks * c.block, c.shift),
         x_scales(c.inputs * blocks, c.shift),
         bias(width, c.shift),
@@ -123,10 +129,13 @@ struct Problem {
     Random random(seed);
     const bool whole = c.exact && c.planes == 2;       // the high plane must stay small
     const bool largest = !whole && random.below(4) == 0;  // the products that come nearest to overflow
-    for (uint8_t& code : codes) code = largest ? (c.bits == 4 ? 0xff : random.below(2) * 255) : random.bits();
+    for (uint8_t& code : codes) code = largest ? (c.bits < 8 ? 0xff : random.below(2) * 255) : random.bits();
     for (uint8_t& zero : zeros) zero = random.below(1 << c.bits);
     for (uint16_t& scale : scales) scale = c.exact ? 0x3c00 : random.half();
     for (uint16_t& minimum : minima) minimum = c.exact ? 0x4000 | (random.below(2) << 15) : random.half();
+    for (uint8_t& scale : small_scales) scale = c.exact ? 1 : random.below(256);
+    for (int8_t& minimum : small_minima) minimum = static_cast<int8_t>(c.exact ? 2 - 4 * random.below(2) : random.below(256) - 128);
+    for (uint16_t& step : steps) step = c.exact ? 0x3c00 : random.half() & 0x7fff;
     for (float& value : bias) value = c.exact ? random.below(100) : random.number();
     for (float& value : residual) value = c.exact ? random.below(100) : random.number();
     for (float& scale : x_scales) scale = c.exact ? 1.0f : random.number() * 0.01f;
@@ -138,10 +147,12 @@ struct Problem {
     }
   }
   Matrix matrix() const {
+    const void* least = c.small ? static_cast<const void*>(small_minima.data()) : minima.data();
     const void* offsets = c.offset == Offset::kZeroPoint ? static_cast<const void*>(zeros.data())
-                          : c.offset == Offset::kMinimum ? static_cast<const void*>(minima.data())
+                          : c.offset == Offset::kMinimum ? least
                                                          : nullptr;
-    return {codes.data(), scales.data(), offsets, c.offset, c.bits, c.block, c.rows, c.columns};
+    const void* factors = c.small ? static_cast<const void*>(small_scales.data()) : scales.data();
+    return {codes.data(), factors, offsets, c.offset, c.bits, c.block, c.rows, c.columns, c.small ? steps.data() : nullptr};
   }
   Activations activations() {
     return {x_codes.data(), x_scales.data(), x_sums.data(), c.planes, c.inputs, blocks * c.block, blocks};
@@ -151,10 +162,21 @@ struct Problem {
   // The code at a row of a tile and a column, by the layout in path.h.
   int code(int64_t tile, int64_t lane, int64_t column) {
     const int64_t group = ((tile * blocks + column / c.block) * c.block + column % c.block / 32 * 32) * kLanes * c.bits / 8;
-    const int64_t k = column % 32;
-    if (c.bits == 8) return codes[group + 64 * (k / 4) + 4 * lane + k % 4];
-    const uint8_t both = codes[group + 64 * (k % 16 / 4) + 4 * lane + k % 4];
-    return k < 16 ? both & 15 : both >> 4;
+    const int low = low_bits(c.bits), high = c.bits - low, run = column % 32 / 4;
+    const int64_t at = group + 4 * lane + column % 4;
+    int code = codes[at + 64 * (run % low)] >> (low * (run / low)) & ((1 << low) - 1);
+    if (high) code |= (codes[at + 64 * (low + run % high)] >> (high * (run / high)) & ((1 << high) - 1)) << low;
+    return code;
+  }
+  double scale(int64_t tile, int64_t lane, int64_t at) const {
+    if (!c.small) return half_value(scales.data()[at]);
+    return static_cast<double>(small_scales.data()[at]) *
+           half_value(steps.data()[(c.offset == Offset::kMinimum ? 2 : 1) * tile * kLanes + lane]);
+  }
+  double minimum(int64_t tile, int64_t lane, int64_t at) const {
+    if (c.offset != Offset::kMinimum) return 0;
+    if (!c.small) return half_value(minima.data()[at]);
+    return static_cast<double>(small_minima.data()[at]) * half_value(steps.data()[(2 * tile + 1) * kLanes + lane]);
   }
   double input(int64_t m, int64_t column) {
     const int64_t width = blocks * c.block, at = m * width + column;
@@ -163,9 +185,9 @@ struct Problem {
   }
   double weight(int64_t tile, int64_t lane, int64_t column) {
     const int64_t at = (tile * blocks + column / c.block) * kLanes + lane;
-    const double scale = half_value(scales[at]), q = code(tile, lane, column);
-    if (c.offset == Offset::kMinimum) return scale * q + half_value(minima[at]);
-    return scale * (q - (c.offset == Offset::kZeroPoint ? zeros[at] : 1 << (c.bits - 1)));
+    const double q = code(tile, lane, column);
+    if (c.offset == Offset::kMinimum) return scale(tile, lane, at) * q + minimum(tile, lane, at);
+    return scale(tile, lane, at) * (q - (c.offset == Offset::kZeroPoint ? zeros[at] : 1 << (c.bits - 1)));
   }
   // The product of input row m with a row of a tile, and the size of the terms that a kernel may take it apart into.
   double dot(int64_t m, int64_t tile, int64_t lane, double* size) {
@@ -174,8 +196,8 @@ struct Problem {
       const int64_t at = (tile * blocks + k / c.block) * kLanes + lane;
       const double x = input(m, k);
       total += weight(tile, lane, k) * x;
-      const double scale = std::abs(half_value(scales[at])), minimum = std::abs(half_value(minima[at]));
-      *size += std::abs(x) * (scale * (code(tile, lane, k) + (1 << c.bits)) + (c.offset == Offset::kMinimum ? minimum : 0));
+      const double s = std::abs(scale(tile, lane, at)), least = std::abs(minimum(tile, lane, at));
+      *size += std::abs(x) * (s * (code(tile, lane, k) + (1 << c.bits)) + least);
     }
     return total;
   }
@@ -360,7 +382,7 @@ Findings check_path(const Path& path, bool full) {
   Random random(42);
   uint64_t seed = 1;
   constexpr int64_t kColumns[] = {1, 2, 3, 31, 33, 575, 577, 1023}, kRows[] = {1, 2, 16, 33, 46}, kInputs[] = {0, 1, 2, 3, 11};
-  for (const int bits : {4, 8}) {
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const int block : {32, 64, 128}) {
       for (const Offset offset : {Offset::kSymmetric, Offset::kZeroPoint, Offset::kMinimum}) {
         for (const int64_t columns : kColumns) {
@@ -369,7 +391,7 @@ Findings check_path(const Path& path, bool full) {
               const int64_t rows = full ? kRows[i] : kRows[random.below(5)], inputs = kInputs[random.below(5)];
               const int planes = 1 + static_cast<int>(random.below(2));
               const Case c{bits, block, offset, form == 2 ? 2 * rows : rows, columns, inputs, planes, form == 2, form == 1,
-                           random.below(4)};
+                           random.below(4), random.below(2) == 1};
               check_products(path, c, ++seed, found);
             }
           }
@@ -419,7 +441,7 @@ int check_all(bool full) {
 // Tiles of one product on several threads: first those that find the path, then each path.
 int check_threads() {
   constexpr int kThreads = 4;
-  Problem p({4, 32, Offset::kMinimum, 160, 577, 11, 2, false, false, 1}, 3);
+  Problem p({3, 32, Offset::kMinimum, 160, 577, 11, 2, false, false, 1, true}, 3);
   const char* names[16];
   int different = 0;
   for (int i = -1, count = 0; i < count; ++i) {

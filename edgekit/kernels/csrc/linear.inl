@@ -7,39 +7,67 @@
 // in integers up to the scales. The integer accumulator starts at -zero * sum q_x, so symmetric weights cost no more
 // than bare dot products. kAtOnce rows of activations share each unpacking of the weights. With two planes of
 // activations, sum q_w q_x is kPlane times the high plane's sum plus the low one's.
+#include <utility>
 
 namespace edgekit {
 namespace {
 
+// Run k of a plane of Width bits, each code shifted up by Up bits; `lines` are the plane's own.
+template <int Width, int Up, int Run>
+inline Bytes run_of(const Bytes* lines) {
+  constexpr int kDown = Width * (Run / Width) - Up;
+  return field<kDown, ((1 << Width) - 1) << Up>(lines[Run % Width]);
+}
+
+template <int Bits, int... Runs>
+inline void unpack_runs(const uint8_t* p, Bytes* codes, std::integer_sequence<int, Runs...>) {
+  constexpr int kLow = low_bits(Bits), kHigh = Bits - kLow;
+  Bytes lines[Bits];
+  for (int i = 0; i < Bits; ++i) lines[i] = load_bytes(p + 64 * i);
+  if constexpr (kHigh == 0) {
+    ((codes[Runs] = run_of<kLow, 0, Runs>(lines)), ...);
+  } else {
+    ((codes[Runs] = either(run_of<kLow, 0, Runs>(lines), run_of<kHigh, kLow, Runs>(lines + kLow))), ...);
+  }
+}
+
 // Columns of 32 of one tile as 8 vectors of codes.
 template <int Bits>
 inline void unpack(const uint8_t* p, Bytes* codes) {
-  if constexpr (Bits == 4) {
-    for (int g = 0; g < 4; ++g) {
-      const Bytes both = load_bytes(p + 64 * g);
-      codes[g] = low_halves(both);
-      codes[g + 4] = high_halves(both);
-    }
-  } else {
+  if constexpr (Bits == 8) {
     for (int g = 0; g < 8; ++g) codes[g] = wide(load_bytes(p + 64 * g));
+  } else {
+    unpack_runs<Bits>(p, codes, std::make_integer_sequence<int, 8>());
   }
 }
 
 template <int Bits>
 constexpr int zero_of() {
-  return Bits == 4 ? 8 : kWideZero;
+  return Bits == 8 ? kWideZero : 1 << (Bits - 1);
 }
 
-// The products of one tile with Rows rows of activations, from row `first`.
+// The products of one tile with Rows rows of activations, from row `first`. Where scales have 8 bits, a scale is a code
+// times the row's step, which is exact in a float: so the result is that of float16 scales, had they those values.
 template <int Bits, Offset Kind, int Planes, int Rows>
 inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
   const int64_t blocks = w.blocks();
   const int groups = w.block / 32;
   constexpr int kGroupBytes = kLanes * 32 * Bits / 8;
+  constexpr int kAhead = Bits < 4 ? 2048 : 8 * kGroupBytes;
+  const int64_t at = tile * blocks * kLanes;
   const uint8_t* codes = w.codes + tile * w.tile_codes();
-  const uint16_t* scales = w.scales + tile * blocks * kLanes;
-  const uint8_t* zero_points = static_cast<const uint8_t*>(w.offsets) + tile * blocks * kLanes;
-  const uint16_t* minima = static_cast<const uint16_t*>(w.offsets) + tile * blocks * kLanes;
+  const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + at;
+  const uint8_t* small_scales = static_cast<const uint8_t*>(w.scales) + at;
+  const uint8_t* zero_points = static_cast<const uint8_t*>(w.offsets) + at;
+  const uint16_t* minima = static_cast<const uint16_t*>(w.offsets) + at;
+  const int8_t* small_minima = static_cast<const int8_t*>(w.offsets) + at;
+  const bool small = w.steps != nullptr;
+  Floats step = zeros(), minimum_step = zeros();
+  if (small) {
+    constexpr int kNumbers = Kind == Offset::kMinimum ? 2 : 1;
+    step = load_half(w.steps + tile * kNumbers * kLanes);
+    if constexpr (kNumbers == 2) minimum_step = load_half(w.steps + (2 * tile + 1) * kLanes);
+  }
   for (int m = 0; m < Rows; ++m) sums[m] = zeros();
   for (int64_t b = 0; b < blocks; ++b) {
     Ints acc[Planes][Rows];
@@ -53,7 +81,7 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
     for (int g = 0; g < groups; ++g) {
       Bytes unpacked[8];
       unpack<Bits>(codes, unpacked);
-      prefetch(codes + 8 * kGroupBytes);
+      prefetch(codes + kAhead);
       codes += kGroupBytes;
       for (int p = 0; p < Planes; ++p) {
         for (int m = 0; m < Rows; ++m) {
@@ -62,13 +90,13 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
         }
       }
     }
-    const Floats scale = load_half(scales + b * kLanes);
+    const Floats scale = small ? mul(widen(small_scales + b * kLanes), step) : load_half(scales + b * kLanes);
     Floats offset = zeros();
     if constexpr (Kind == Offset::kZeroPoint) {
       const Floats shift = all(static_cast<float>(Bits == 8 ? 128 - kWideZero : 0));
       offset = mul(sub(shift, widen(zero_points + b * kLanes)), scale);
     } else if constexpr (Kind == Offset::kMinimum) {
-      offset = load_half(minima + b * kLanes);
+      offset = small ? mul(widen(small_minima + b * kLanes), minimum_step) : load_half(minima + b * kLanes);
       if constexpr (Bits == 8 && kWideZero == 0) offset = fma(scale, all(128.0f), offset);
     }
     for (int m = 0; m < Rows; ++m) {
@@ -176,10 +204,13 @@ void multiply_bits(const Matrix& w, const Activations& x, const Epilogue& end, f
 
 void multiply(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
               int64_t last) {
-  if (w.bits == 4) {
-    multiply_bits<4>(w, x, end, y, stride, first, last);
-  } else {
-    multiply_bits<8>(w, x, end, y, stride, first, last);
+  switch (w.bits) {
+    case 2: return multiply_bits<2>(w, x, end, y, stride, first, last);
+    case 3: return multiply_bits<3>(w, x, end, y, stride, first, last);
+    case 4: return multiply_bits<4>(w, x, end, y, stride, first, last);
+    case 5: return multiply_bits<5>(w, x, end, y, stride, first, last);
+    case 6: return multiply_bits<6>(w, x, end, y, stride, first, last);
+    default: return multiply_bits<8>(w, x, end, y, stride, first, last);
   }
 }
 
@@ -240,32 +271,37 @@ void quantize(const float* x, int64_t columns, const float* norm, float epsilon,
   }
 }
 
+// The bits of one code that lie in a plane of `width` bits.
+inline int plane_bits(const uint8_t* plane, int width, int64_t lane, int column) {
+  const int run = column / 4;
+  return plane[64 * (run % width) + 4 * lane + column % 4] >> (width * (run / width)) & ((1 << width) - 1);
+}
+
 void matrix_row(const Matrix& w, int64_t row, float* out) {
   const int64_t tile = row / kLanes, lane = row % kLanes, blocks = w.blocks();
-  const int group_bytes = kLanes * 32 * w.bits / 8;
+  const int group_bytes = kLanes * 32 * w.bits / 8, low = low_bits(w.bits), high = w.bits - low;
+  float lanes[kLanes];
+  const auto half_at = [&](const void* halves, int64_t at) {
+    store(lanes, load_half(static_cast<const uint16_t*>(halves) + at));
+    return lanes[lane];
+  };
+  const int numbers = w.offset == Offset::kMinimum ? 2 : 1;
+  const float step = w.steps ? half_at(w.steps, tile * numbers * kLanes) : 0.0f;
+  const float minimum_step = w.steps && numbers == 2 ? half_at(w.steps, (2 * tile + 1) * kLanes) : 0.0f;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t at = (tile * blocks + b) * kLanes;
-    float lanes[kLanes];
-    store(lanes, load_half(w.scales + at));
-    const float scale = lanes[lane];
+    const float scale = w.steps ? static_cast<const uint8_t*>(w.scales)[at + lane] * step : half_at(w.scales, at);
     float zero = static_cast<float>(1 << (w.bits - 1)), minimum = 0.0f;
     if (w.offset == Offset::kZeroPoint) zero = static_cast<const uint8_t*>(w.offsets)[at + lane];
     if (w.offset == Offset::kMinimum) {
-      store(lanes, load_half(static_cast<const uint16_t*>(w.offsets) + at));
-      minimum = lanes[lane];
+      minimum = w.steps ? static_cast<const int8_t*>(w.offsets)[at + lane] * minimum_step : half_at(w.offsets, at);
       zero = 0.0f;
     }
     const uint8_t* codes = w.codes + tile * w.tile_codes() + b * kLanes * w.block * w.bits / 8;
     for (int i = 0; i < w.block && b * w.block + i < w.columns; ++i) {
       const uint8_t* group = codes + (i / 32) * group_bytes;
-      const int k = i % 32;
-      uint8_t code;
-      if (w.bits == 4) {
-        const uint8_t both = group[64 * (k % 16 / 4) + 4 * lane + k % 4];
-        code = k < 16 ? both & 15 : both >> 4;
-      } else {
-        code = group[64 * (k / 4) + 4 * lane + k % 4];
-      }
+      int code = plane_bits(group, low, lane, i % 32);
+      if (high) code |= plane_bits(group + 64 * low, high, lane, i % 32) << low;
       out[b * w.block + i] = scale * (static_cast<float>(code) - zero) + minimum;
     }
   }

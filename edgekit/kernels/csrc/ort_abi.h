@@ -61,7 +61,7 @@ namespace edgekit::ort {
 
 constexpr uint32_t kApiVersion = 18;
 
-enum Type : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kHalf = 10 };
+enum Type : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kHalf = 10 };
 constexpr int kInvalidArgument = 2;
 
 // The table's slots, by the names that ONNX Runtime gives them.

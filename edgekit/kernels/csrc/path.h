@@ -17,26 +17,32 @@ template <class T>
   return x;
 }
 
+// Bits of the low plane of codes: 2 = 2, 3 = 2 + 1, 4 = 4, 5 = 4 + 1, 6 = 4 + 2, 8 = 8.
+constexpr int low_bits(int bits) { return bits < 4 ? 2 : bits < 8 ? 4 : 8; }
+
 enum class Offset { kSymmetric, kZeroPoint, kMinimum };
 
 // A quantised matrix in tiles of 16 rows; the last tile is padded with rows of zeros.
 //
-//   codes    [tiles][blocks][16 * block * bits / 8]. In each group of 32 columns: at 8 bits, 8 runs of 64 bytes, run g
-//            holding columns 4g..4g+3 of row 0, then of row 1 ...; at 4 bits, 4 runs, run g holding columns 4g..4g+3 in
-//            the low halves and 16+4g..16+4g+3 in the high halves.
-//   scales   [tiles][blocks][16] float16
-//   offsets  kZeroPoint: [tiles][blocks][16] uint8; kMinimum: [tiles][blocks][16] float16; kSymmetric: none
+//   codes    [tiles][blocks][16 * block * bits / 8]. A group of 32 columns has 8 runs of 64 codes: run k holds columns
+//            4k..4k+3 of row 0, then of row 1 ... The low low_bits(bits) bits of all codes come first, then the rest of
+//            their bits. A plane of F bits is F lines of 64 bytes; line i holds the runs i, i + F, i + 2F ..., the first
+//            in the lowest F bits of each byte.
+//   scales   [tiles][blocks][16] float16, or uint8 where there are steps
+//   offsets  kZeroPoint: [tiles][blocks][16] uint8; kMinimum: as scales, but int8 for uint8; kSymmetric: none
+//   steps    [tiles][1][16] float16, the value of a unit of a row's scales; [tiles][2][16] with minima, theirs last
 //
 // The value of code q is scale * (q - zero point), or scale * q + minimum; the symmetric zero point is 2^(bits-1).
 struct Matrix {
   const uint8_t* codes;
-  const uint16_t* scales;
+  const void* scales;
   const void* offsets;
   Offset offset;
   int bits;
   int block;
   int64_t rows;
   int64_t columns;
+  const uint16_t* steps = nullptr;
   // Always inline, here and below: the linker keeps one copy of a function, and that may be for another processor.
   [[gnu::always_inline]] int64_t blocks() const { return (columns + block - 1) / block; }
   [[gnu::always_inline]] int64_t tiles() const { return (rows + kLanes - 1) / kLanes; }
@@ -99,6 +105,33 @@ struct DecodeTask {
   float* scratch;  // 4 * count_padded floats
 };
 
+constexpr int64_t kPageTokens = 16;    // positions that share a mean value
+constexpr int64_t kBlockTokens = 256;  // positions whose codes stand together
+
+// Hadamard sparse attention over the query heads of one key-value head, for the blocks first_block..last_block of the
+// cache. `estimate` fills estimates and peaks; `weigh`, when the peaks are those of all blocks, the rest.
+struct SparseTask {
+  const int8_t* q_codes;    // [heads][width]
+  const float* factors;     // [heads]
+  const float* constants;   // [heads]
+  const uint8_t* codes;     // [blocks][16][4 * width]
+  const uint16_t* means;    // [pages][head_dim] float16
+  int64_t heads;
+  int64_t head_dim;
+  int64_t width;            // the power of two that head_dim is padded to
+  int64_t first_block;
+  int64_t last_block;
+  int64_t sinks;            // positions below are no candidates
+  int64_t recent;           // nor are those from here on
+  int64_t stride;           // floats of a head's estimates
+  float* estimates;         // [heads][stride]; then weights
+  float* ranks;             // [pages]
+  float* pages;             // [heads][16], to work in
+  float* peaks;             // [heads]
+  float* sums;              // [heads]
+  float* out;               // [heads][head_dim]
+};
+
 struct Path {
   const char* name;
   // Quantise rows of x [rows][columns], after RMSNorm with `norm` where it is not null.
@@ -112,6 +145,16 @@ struct Path {
   void (*to_half)(const float* x, uint16_t* out, int64_t count);
   void (*attend)(const AttentionTask& task);
   void (*decode)(const DecodeTask& task);
+  // See sparse.inl.
+  void (*encode)(const float* key, const float* center, float step, int64_t head_dim, int64_t width, int64_t position,
+                 float* spread, uint8_t* codes);
+  void (*encode_query)(const float* q, const float* center, float step, float scale, int64_t head_dim, int64_t width,
+                       float* spread, int8_t* codes, float* factor, float* constant);
+  void (*estimate)(const SparseTask& task);
+  void (*weigh)(const SparseTask& task);
+  // The mean of `count` rows, and tail - weight * row.
+  void (*mean)(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out);
+  void (*subtract)(const uint16_t* row, float weight, int64_t head_dim, float* tail);
   // See peak.inl.
   int64_t (*near_peak)(const float* x, int64_t count, float peak, float factor, float floor, int32_t* indices,
                        float* weights, double* total);

@@ -10,10 +10,12 @@
 #include "vec_avx2.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "sparse.inl"
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"avx2vnni", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
+constexpr Path kPath{"avx2vnni", quantize, multiply, matrix_row, floats_to_half, attend, decode,
+                     encode, encode_query, estimate, weigh, mean, subtract, near_peak};
 extern const Path* const kAvx2Vnni = &kPath;
 }  // namespace edgekit
 

@@ -10,10 +10,12 @@
 #include "vec_avx512.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "sparse.inl"
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"avx512", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
+constexpr Path kPath{"avx512", quantize, multiply, matrix_row, floats_to_half, attend, decode,
+                     encode, encode_query, estimate, weigh, mean, subtract, near_peak};
 extern const Path* const kAvx512 = &kPath;
 }  // namespace edgekit
 

@@ -7,9 +7,11 @@
 #include "vec_portable.h"
 #include "linear.inl"
 #include "attention.inl"
+#include "sparse.inl"
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"portable", quantize, multiply, matrix_row, floats_to_half, attend, decode, near_peak};
+constexpr Path kPath{"portable", quantize, multiply, matrix_row, floats_to_half, attend, decode,
+                     encode, encode_query, estimate, weigh, mean, subtract, near_peak};
 extern const Path* const kPortable = &kPath;
 }  // namespace edgekit

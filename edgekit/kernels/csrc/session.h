@@ -109,13 +109,17 @@ class Info {
     }
     return tensor;
   }
-  Tensor constant(size_t index, const char* name, int type) const {
+  // Without data where the model does not give it; of any element type.
+  Tensor optional_constant(size_t index, const char* name) const {
     int is_constant = 0;
     const OrtValue* value = nullptr;
     check(call<OrtStatus*>(KernelInfoGetConstantInput_tensor, info_, index, &is_constant, &value), name);
-    if (!is_constant || !value) fail("input %s must be a constant of the model", name);
-    const Tensor tensor = describe(value, name);
-    if (tensor.type != type) fail("input %s must be of element type %d: got %d", name, type, tensor.type);
+    return is_constant ? describe(value, name) : Tensor{};
+  }
+  Tensor constant(size_t index, const char* name, int type) const {
+    const Tensor tensor = optional_constant(index, name);
+    if (!tensor.data) fail("input %s must be a constant of the model", name);
+    if (type != kAny && tensor.type != type) fail("input %s must be of element type %d: got %d", name, type, tensor.type);
     return tensor;
   }
 
@@ -163,8 +167,8 @@ class Context {
   OrtKernelContext* context_;
 };
 
-// Fills an OrtCustomOp from a class with kName, kInputs, kOutputs (element types; all are required), a constructor from
-// Info and compute(Context).
+// Fills an OrtCustomOp from a class with kName, kInputs, kOutputs (element types; all are required, but the last input
+// where the class says kLastOptional), a constructor from Info and compute(Context).
 template <class Op>
 OrtCustomOp make_op() {
   OrtCustomOp op{};
@@ -176,7 +180,11 @@ OrtCustomOp make_op() {
   op.GetOutputType = [](const OrtCustomOp*, size_t i) { return int{Op::kOutputs[i]}; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kOutputs); };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
+    constexpr int kRequired = 0, kOptional = 1;
+    if constexpr (requires { Op::kLastOptional; }) return i + 1 == std::size(Op::kInputs) ? kOptional : kRequired;
+    return kRequired;
+  };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };

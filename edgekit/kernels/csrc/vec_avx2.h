@@ -78,6 +78,10 @@ inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return to_float(Ints{_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});
 }
+inline Floats widen(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return to_float(Ints{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+}
 // 16 whole floats in -127..127 as signed bytes; returns their sum
 inline int32_t store_codes(int8_t* p, Floats x) {
   const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
@@ -93,11 +97,26 @@ inline Bytes load_bytes(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
-inline Bytes low_halves(Bytes b) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
+// Each byte shifted down by Down bits (up where it is negative), of which the bits of Mask stay.
+template <int Down>
+inline __m256i shifted(__m256i b) {
+  if constexpr (Down > 0) return _mm256_srli_epi16(b, Down);
+  if constexpr (Down < 0) return _mm256_slli_epi16(b, -Down);
+  return b;
 }
-inline Bytes high_halves(Bytes b) { return low_halves({_mm256_srli_epi16(b.lo, 4), _mm256_srli_epi16(b.hi, 4)}); }
+template <int Down, int Mask>
+inline Bytes field(Bytes b) {
+  const __m256i mask = _mm256_set1_epi8(Mask);
+  return {_mm256_and_si256(shifted<Down>(b.lo), mask), _mm256_and_si256(shifted<Down>(b.hi), mask)};
+}
+inline Bytes either(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+
+// Codes of two bits: number Part of the four in each byte.
+template <int Part>
+inline Bytes quarter(Bytes b) {
+  const __m256i mask = _mm256_set1_epi8(3);
+  return {_mm256_and_si256(_mm256_srli_epi16(b.lo, 2 * Part), mask), _mm256_and_si256(_mm256_srli_epi16(b.hi, 2 * Part), mask)};
+}
 
 inline __m256i four_times_eight(const int8_t* x) {  // 4 bytes, the same for 8 lanes
   int32_t four;
@@ -128,29 +147,32 @@ inline Bytes wide(Bytes b) {
   return {_mm256_xor_si256(b.lo, sign), _mm256_xor_si256(b.hi, sign)};
 }
 
-// vpmaddubsw adds two products in 16 bits. Codes of 4 bits: eight such sums stay within 8 * 2 * 15 * 127 = 30480. Codes
-// of 8 bits: the code's sign moves over to x, and one sum stays within 2 * 128 * 127 = 32512.
+// vpmaddubsw adds two products in 16 bits. Codes of up to 4 bits: eight such sums stay within 8 * 2 * 15 * 127 = 30480;
+// of 5 bits, four within 4 * 2 * 31 * 127 = 31496; of 6 bits, two within 2 * 2 * 63 * 127 = 32004. Codes of 8 bits: the
+// code's sign moves over to x, and one sum stays within 2 * 128 * 127 = 32512.
 inline __m256i signed_pairs(__m256i codes, __m256i x) {
   return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
 }
 
 template <int Bits>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  constexpr int kRuns = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i lo = _mm256_setzero_si256(), hi = _mm256_setzero_si256();
-  for (int k = 0; k < 8; ++k) {
-    const __m256i four = four_times_eight(x + 4 * k);
-    if constexpr (Bits == 4) {
-      lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(codes[k].lo, four));
-      hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(codes[k].hi, four));
-    } else {
-      lo = _mm256_add_epi32(lo, _mm256_madd_epi16(signed_pairs(codes[k].lo, four), ones));
-      hi = _mm256_add_epi32(hi, _mm256_madd_epi16(signed_pairs(codes[k].hi, four), ones));
+  for (int first = 0; first < 8; first += kRuns) {
+    __m256i short_lo = _mm256_setzero_si256(), short_hi = _mm256_setzero_si256();
+    for (int k = first; k < first + kRuns; ++k) {
+      const __m256i four = four_times_eight(x + 4 * k);
+      if constexpr (Bits == 8) {
+        short_lo = signed_pairs(codes[k].lo, four);
+        short_hi = signed_pairs(codes[k].hi, four);
+      } else {
+        short_lo = _mm256_add_epi16(short_lo, _mm256_maddubs_epi16(codes[k].lo, four));
+        short_hi = _mm256_add_epi16(short_hi, _mm256_maddubs_epi16(codes[k].hi, four));
+      }
     }
-  }
-  if constexpr (Bits == 4) {
-    lo = _mm256_madd_epi16(lo, ones);
-    hi = _mm256_madd_epi16(hi, ones);
+    lo = _mm256_add_epi32(lo, _mm256_madd_epi16(short_lo, ones));
+    hi = _mm256_add_epi32(hi, _mm256_madd_epi16(short_hi, ones));
   }
   return {_mm256_add_epi32(acc.lo, lo), _mm256_add_epi32(acc.hi, hi)};
 }

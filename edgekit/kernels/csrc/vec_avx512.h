@@ -59,6 +59,9 @@ inline Floats to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+inline Floats widen(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 // 16 whole floats in -127..127 as signed bytes; returns their sum
 inline int32_t store_codes(int8_t* p, Floats x) {
   const __m512i whole = _mm512_cvtps_epi32(x.v);
@@ -67,8 +70,19 @@ inline int32_t store_codes(int8_t* p, Floats x) {
 }
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Bytes low_halves(Bytes b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_halves(Bytes b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
+// Each byte shifted down by Down bits (up where it is negative), of which the bits of Mask stay.
+template <int Down, int Mask>
+inline Bytes field(Bytes b) {
+  if constexpr (Down > 0) b.v = _mm512_srli_epi16(b.v, Down);
+  if constexpr (Down < 0) b.v = _mm512_slli_epi16(b.v, -Down);
+  return {_mm512_and_si512(b.v, _mm512_set1_epi8(Mask))};
+}
+inline Bytes either(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Codes of two bits: number Part of the four in each byte.
+template <int Part>
+inline Bytes quarter(Bytes b) {
+  return {_mm512_and_si512(_mm512_srli_epi16(b.v, 2 * Part), _mm512_set1_epi8(3))};
+}
 inline Bytes wide(Bytes b) { return b; }  // 8-bit codes in the form that `dot` wants
 
 // acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.

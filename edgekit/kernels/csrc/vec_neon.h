@@ -106,6 +106,12 @@ inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
            vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
 }
+inline Floats widen(const int8_t* p) {
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+  return to_float(Ints{{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
+                        vmovl_s16(vget_high_s16(high))}});
+}
 // 16 whole floats in -127..127 as signed bytes; returns their sum
 inline int32_t store_codes(int8_t* p, Floats x) {
   int16x4_t whole[4];
@@ -118,12 +124,29 @@ inline int32_t store_codes(int8_t* p, Floats x) {
 inline Bytes load_bytes(const uint8_t* p) {
   return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
 }
-inline Bytes low_halves(Bytes b) {
-  for (uint8x16_t& bytes : b.v) bytes = vandq_u8(bytes, vdupq_n_u8(15));
+// Each byte shifted down by Down bits (up where it is negative), of which the bits of Mask stay.
+template <int Down, int Mask>
+inline Bytes field(Bytes b) {
+  constexpr bool kAllLeft = Down >= 0 && Mask == 255 >> Down;
+  for (uint8x16_t& bytes : b.v) {
+    if constexpr (Down > 0) bytes = vshrq_n_u8(bytes, Down);
+    if constexpr (Down < 0) bytes = vshlq_n_u8(bytes, -Down);
+    if constexpr (!kAllLeft) bytes = vandq_u8(bytes, vdupq_n_u8(Mask));
+  }
   return b;
 }
-inline Bytes high_halves(Bytes b) {
-  for (uint8x16_t& bytes : b.v) bytes = vshrq_n_u8(bytes, 4);
+inline Bytes either(Bytes a, Bytes b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vorrq_u8(a.v[i], b.v[i]);
+  return a;
+}
+
+// Codes of two bits: number Part of the four in each byte.
+template <int Part>
+inline Bytes quarter(Bytes b) {
+  for (uint8x16_t& bytes : b.v) {
+    if constexpr (Part > 0) bytes = vshrq_n_u8(bytes, 2 * Part);
+    bytes = vandq_u8(bytes, vdupq_n_u8(3));
+  }
   return b;
 }
 
@@ -175,11 +198,12 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 
 #else
 
-// The same with products in 16 bits. They hold the sum of 8 products with codes of 4 bits, and of the neighbour's 8,
-// 2 * 8 * 15 * 127 = 30480, and of 2 products with codes of 8 bits, 2 * 128 * 127 = 32512.
+// The same with products in 16 bits. They hold the sum of 8 products with codes of up to 4 bits, and of the neighbour's
+// 8, 2 * 8 * 15 * 127 = 30480; of 8 products with codes of 5 bits, 8 * 31 * 127 = 31496, of 4 with codes of 6 bits,
+// 4 * 63 * 127 = 32004, and of 2 with codes of 8 bits, 2 * 128 * 127 = 32512.
 template <int Bits>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  constexpr int kRuns = Bits == 4 ? 8 : 2;
+  constexpr int kRuns = Bits <= 5 ? 8 : Bits == 6 ? 4 : 2;
   int8x16_t four[8];
   for (int k = 0; k < 8; ++k) {
     int32_t bytes;
@@ -195,14 +219,14 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
         low = vmlal_s8(low, vget_low_s8(run), vget_low_s8(four[k]));
         high = vmlal_high_s8(high, run, four[k]);
       }
-      if constexpr (Bits == 4) {
+      if constexpr (Bits <= 4) {
         acc.v[i] = vpadalq_s16(acc.v[i], vpaddq_s16(low, high));
       } else {
         low_pairs = vpadalq_s16(low_pairs, low);
         high_pairs = vpadalq_s16(high_pairs, high);
       }
     }
-    if constexpr (Bits == 8) acc.v[i] = vaddq_s32(acc.v[i], vpaddq_s32(low_pairs, high_pairs));
+    if constexpr (Bits > 4) acc.v[i] = vaddq_s32(acc.v[i], vpaddq_s32(low_pairs, high_pairs));
   }
   return acc;
 }

@@ -142,6 +142,11 @@ inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   for (int i = 0; i < 16; ++i) lanes[i] = p[i];
   return load(lanes);
 }
+inline Floats widen(const int8_t* p) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
 // 16 whole floats in -127..127 as signed bytes; returns their sum
 inline int32_t store_codes(int8_t* p, Floats x) {
   int32_t total = 0;
@@ -163,12 +168,27 @@ inline Bytes load_bytes(const uint8_t* p) {
   for (int i = 0; i < 8; ++i) y.v[i] = short8(p + 8 * i);
   return y;
 }
-inline Bytes low_halves(Bytes b) {
-  for (Short8& eight : b.v) eight &= 15;
+// Each byte shifted down by Down bits (up where it is negative), of which the bits of Mask stay.
+template <int Down, int Mask>
+inline Bytes field(Bytes b) {
+  for (Short8& eight : b.v) {
+    if constexpr (Down > 0) eight >>= Down;
+    if constexpr (Down < 0) eight <<= -Down;
+    eight &= static_cast<int16_t>(Mask);
+  }
   return b;
 }
-inline Bytes high_halves(Bytes b) {
-  for (Short8& eight : b.v) eight >>= 4;
+inline Bytes either(Bytes a, Bytes b) {
+  for (int i = 0; i < 8; ++i) a.v[i] |= b.v[i];
+  return a;
+}
+// Codes of two bits: number Part of the four in each byte.
+template <int Part>
+inline Bytes quarter(Bytes b) {
+  for (Short8& eight : b.v) {
+    eight >>= short{2 * Part};
+    eight &= 3;
+  }
   return b;
 }
 inline Bytes wide(Bytes b) {
@@ -184,11 +204,11 @@ inline Int4 pairs(Short8 a) {
 
 // acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
 //
-// 16 bits hold the sum of 8 products with codes of 4 bits, 8 * 15 * 127 = 15240, and of 2 with codes of 8 bits,
-// 2 * 128 * 127 = 32512.
+// 16 bits hold the sum of 8 products with codes of up to 5 bits, 8 * 31 * 127 = 31496, of 4 with codes of 6 bits,
+// 4 * 63 * 127 = 32004, and of 2 with codes of 8 bits, 2 * 128 * 127 = 32512.
 template <int Bits>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  constexpr int kRuns = Bits == 4 ? 8 : 2;
+  constexpr int kRuns = Bits <= 5 ? 8 : Bits == 6 ? 4 : 2;
   for (int first = 0; first < 8; first += kRuns) {
     Short8 four[kRuns];
     for (int k = 0; k < kRuns; ++k) {

@@ -1,0 +1,488 @@
+// The attention operators: rotation, cache append, and attention over the cache.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "path.h"
+#include "session.h"
+#include "work.h"
+
+namespace edgekit {
+namespace {
+
+using ort::Context;
+using ort::fail;
+using ort::Info;
+using ort::Tensor;
+
+// Rotary embedding, cache append and exact attention; with RMSNorm of each query and key head before the rotation
+// where kNormed. The cache's buffers may be both past and present.
+//
+// Where kSparse, one token attends to the positions that 2-bit codes of the Hadamard transform of the keys find, and
+// the others count by their estimates: docs/sparse-attention.md. Further inputs: past_codes and past_means behind
+// past_value; center, step and budget behind sin. Further outputs: present_codes, present_means.
+template <bool kNormed, bool kSparse>
+class Attend {
+  static constexpr size_t kLast = kSparse ? 5 : 3, kCos = kLast + 1, kSin = kLast + 2, kCenter = kLast + 3;
+  static constexpr size_t kStep = kLast + 4, kBudget = kLast + 5, kNorms = kSparse ? kLast + 6 : kLast + 3;
+
+ public:
+  explicit Attend(const Info& info) {
+    kv_heads_ = info.integer("kv_num_heads", 1, 1024);
+    const int64_t heads = info.integer("num_heads", 1, 1024);
+    head_dim_ = info.integer("head_dim", kLanes, 1024);
+    window_ = info.integer("local_window_size", -1, int64_t{1} << 31);
+    if (heads % kv_heads_) fail("num_heads must be a multiple of kv_num_heads: got %lld and %lld", (long long)heads, (long long)kv_heads_);
+    if (head_dim_ % kLanes) fail("head_dim must be a multiple of 16: got %lld", (long long)head_dim_);
+    group_ = heads / kv_heads_;
+    if (window_ == 0) fail("attribute local_window_size must be -1 or at least 1: got 0");
+    if (window_ < 0) window_ = 0;
+    if (kSparse) {
+      sinks_ = info.integer("sinks", 0, 1 << 20);
+      recent_ = info.integer("recent", 1, 1 << 20);
+      followers_ = info.integer("followers", 0, 64);
+      dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
+      if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
+      while (width_ < head_dim_) width_ *= 2;
+      center_ = info.constant(kCenter, "center", ort::kFloat, kv_heads_ * head_dim_).template as<float>();
+      step_ = info.constant(kStep, "step", ort::kFloat, kv_heads_).template as<float>();
+      for (int64_t h = 0; h < kv_heads_; ++h) {
+        const float step = read(step_ + h);
+        if (!(step > 0.0f && step < INFINITY)) fail("step must be above 0: got %g for head %lld", (double)step, (long long)h);
+      }
+    }
+    if (kNormed) {
+      epsilon_ = info.number("epsilon");
+      q_norm_ = info.constant(kNorms, "q_norm", ort::kFloat, head_dim_).template as<float>();
+      k_norm_ = info.constant(kNorms + 1, "k_norm", ort::kFloat, head_dim_).template as<float>();
+    }
+  }
+
+  void compute(const Context& context) const {
+    const Tensor x = context.input(0, "qkv"), past_keys = context.input(1, "past_key"),
+                 past_values = context.input(2, "past_value"), last = context.input(kLast, "last"),
+                 cosine = context.input(kCos, "cos"), sine = context.input(kSin, "sin");
+    const int64_t d = head_dim_, q_width = kv_heads_ * group_ * d, width = q_width + 2 * kv_heads_ * d;
+    if (x.rank != 3 || x.dims[0] != 1 || x.dims[2] != width) {
+      fail("qkv must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)width,
+           x.shape().c_str());
+    }
+    const int64_t tokens = x.dims[1], cache = past_keys.rank == 4 ? past_keys.dims[2] : 0;
+    for (const auto& [name, past] : {std::pair{"past_key", &past_keys}, {"past_value", &past_values}}) {
+      if (past->rank != 4 || past->dims[0] != 1 || past->dims[1] != kv_heads_ || past->dims[2] != cache || past->dims[3] != d) {
+        fail("%s must have shape (1, %lld, length, %lld): got %s", name, (long long)kv_heads_, (long long)d,
+             past->shape().c_str());
+      }
+    }
+    if (last.count() != 1) fail("the index of the last token must be one number: got %lld", (long long)last.count());
+    const int64_t total = int64_t{read(last.as<int32_t>())} + 1, first = total - tokens;
+    if (first < 0 || total > cache) {
+      fail("tokens %lld to %lld must lie in the cache of %lld", (long long)first, (long long)total - 1, (long long)cache);
+    }
+    for (const auto& [name, table] : {std::pair{"cos", &cosine}, {"sin", &sine}}) {
+      if (table->rank != 2 || table->dims[0] < total || table->dims[1] != d / 2) {
+        fail("%s must have shape (at least %lld, %lld): got %s", name, (long long)total, (long long)(d / 2),
+             table->shape().c_str());
+      }
+    }
+    const int64_t dims[3] = {1, tokens, q_width};
+    float* out = static_cast<float*>(context.output(0, dims, 3));
+    uint16_t* keys = static_cast<uint16_t*>(append(context, 1, past_keys, sizeof(uint16_t)));
+    uint16_t* values = static_cast<uint16_t*>(append(context, 2, past_values, sizeof(uint16_t)));
+    Summary summary{};
+    if (kSparse) summary = summaries(context, cache);
+    if (tokens == 0) return;
+
+    float* q = scratch<float, Use::kQueries>(tokens * (q_width + kv_heads_ * d));
+    float* rotated_keys = q + tokens * q_width;
+    const int threads = tokens == 1 ? g_decode_threads : g_prefill_threads;
+    const size_t cuts = pieces(tokens, threads, 8);
+    context.parallel(cuts, [&](size_t i) {
+      for (int64_t t = share(tokens, i, cuts); t < share(tokens, i + 1, cuts); ++t) {
+        const float* row = x.as<float>() + t * width;
+        const float* c = cosine.as<float>() + (first + t) * (d / 2);
+        const float* s = sine.as<float>() + (first + t) * (d / 2);
+        for (int64_t h = 0; h < kv_heads_ * group_; ++h) rotate(row + h * d, c, s, q_norm_, q + t * q_width + h * d);
+        for (int64_t h = 0; h < kv_heads_; ++h) {
+          float* key = rotated_keys + (t * kv_heads_ + h) * d;
+          rotate(row + q_width + h * d, c, s, k_norm_, key);
+          path().to_half(key, keys + (h * cache + first + t) * d, d);
+          path().to_half(row + q_width + (kv_heads_ + h) * d, values + (h * cache + first + t) * d, d);
+          if (kSparse) {
+            float spread[kWidest];
+            path().encode(key, center_ + h * d, read(step_ + h), d, width_, first + t, spread,
+                          summary.codes + h * summary.code_bytes);
+          }
+        }
+      }
+    });
+    if (kSparse) average(context, values, cache, first, total, summary);
+    if (kSparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
+      select(context, q, keys, values, cache, total, summary, out);
+    } else if (tokens == 1) {
+      decode(context, q, keys, values, cache, total, out);
+    } else {
+      prefill(context, q, keys, values, cache, first, tokens, out);
+    }
+  }
+
+ private:
+  static constexpr int64_t kWidest = 1024;
+
+  // What stands beside keys and values in a sparse cache.
+  struct Summary {
+    uint8_t* codes;      // [kv_heads][code_bytes]
+    uint16_t* means;     // [kv_heads][pages][head_dim]
+    int64_t code_bytes;
+    int64_t pages;
+    int64_t budget;
+  };
+
+  // The present buffer, holding what the past one holds.
+  static void* append(const Context& context, size_t index, const Tensor& past, size_t size) {
+    void* present = context.output(index, past.dims, past.rank);
+    if (present != past.data) std::memcpy(present, past.data, past.count() * size);
+    return present;
+  }
+
+  Summary summaries(const Context& context, int64_t cache) const {
+    const Tensor codes = context.input(3, "past_codes"), means = context.input(4, "past_means"),
+                 budget = context.input(kBudget, "budget");
+    const int64_t blocks = (cache + kBlockTokens - 1) / kBlockTokens, pages = blocks * kLanes;
+    Summary s{};
+    s.code_bytes = blocks * kPageTokens * 4 * width_;
+    s.pages = pages;
+    if (codes.rank != 3 || codes.dims[0] != 1 || codes.dims[1] != kv_heads_ || codes.dims[2] != s.code_bytes) {
+      fail("past_codes must have shape (1, %lld, %lld): got %s", (long long)kv_heads_, (long long)s.code_bytes,
+           codes.shape().c_str());
+    }
+    if (means.rank != 4 || means.dims[0] != 1 || means.dims[1] != kv_heads_ || means.dims[2] != pages || means.dims[3] != head_dim_) {
+      fail("past_means must have shape (1, %lld, %lld, %lld): got %s", (long long)kv_heads_, (long long)pages,
+           (long long)head_dim_, means.shape().c_str());
+    }
+    if (budget.count() != 1) fail("the budget must be one number: got %lld", (long long)budget.count());
+    s.budget = read(budget.as<int32_t>());
+    if (s.budget < 1) fail("the budget must be at least 1: got %lld", (long long)s.budget);
+    s.codes = static_cast<uint8_t*>(append(context, 3, codes, 1));
+    s.means = static_cast<uint16_t*>(append(context, 4, means, sizeof(uint16_t)));
+    return s;
+  }
+
+  // The mean values of the pages that tokens first..total - 1 lie in.
+  void average(const Context& context, const uint16_t* values, int64_t cache, int64_t first, int64_t total,
+               const Summary& s) const {
+    const int64_t from = first / kPageTokens, to = (total + kPageTokens - 1) / kPageTokens, d = head_dim_;
+    auto work = [&](size_t i) {
+      const int64_t h = static_cast<int64_t>(i) / (to - from), page = from + static_cast<int64_t>(i) % (to - from);
+      const int64_t begin = page * kPageTokens, end = std::min(begin + kPageTokens, total);
+      path().mean(values + (h * cache + begin) * d, end - begin, d, s.means + (h * s.pages + page) * d);
+    };
+    const int64_t count = kv_heads_ * (to - from);
+    if (count <= 4 * kv_heads_) {
+      for (int64_t i = 0; i < count; ++i) work(static_cast<size_t>(i));
+    } else {
+      context.parallel(static_cast<size_t>(count), work);
+    }
+  }
+
+  // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count
+  // with their estimated weights and their pages' mean values.
+  void select(const Context& context, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache,
+              int64_t total, const Summary& s, float* out) const {
+    const int64_t d = head_dim_, heads = kv_heads_ * group_, blocks = (total + kBlockTokens - 1) / kBlockTokens;
+    const int64_t recent = std::min(recent_, s.budget), sinks = std::min(sinks_, s.budget - recent);
+    const int64_t stride = blocks * kBlockTokens, segments = std::clamp<int64_t>(blocks / 4, 1, 8);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    // Every head's query codes, then a segment's peaks, sums and tail.
+    int8_t* codes = scratch<int8_t, Use::kCodes>(static_cast<size_t>(heads * width_));
+    float* small = scratch<float, Use::kPartials>(static_cast<size_t>(heads * (2 + segments * (d + 2 + kLanes))));
+    float *factors = small, *constants = small + heads, *parts = constants + heads;
+    float* estimates = scratch<float, Use::kScores>(static_cast<size_t>(heads * stride));
+    float* ranks = scratch<float, Use::kRanks>(static_cast<size_t>(kv_heads_ * blocks * kLanes));
+    for (int64_t h = 0; h < heads; ++h) {
+      float spread[kWidest];
+      path().encode_query(q + h * d, center_ + h / group_ * d, read(step_ + h / group_), scale, d, width_, spread,
+                          codes + h * width_, factors + h, constants + h);
+    }
+    auto task = [&](int64_t i) {
+      const int64_t head = i / segments, segment = i % segments;
+      SparseTask t{};
+      t.q_codes = codes + head * group_ * width_;
+      t.factors = factors + head * group_;
+      t.constants = constants + head * group_;
+      t.codes = s.codes + head * s.code_bytes;
+      t.means = s.means + head * s.pages * d;
+      t.heads = group_;
+      t.head_dim = d;
+      t.width = width_;
+      t.first_block = blocks * segment / segments;
+      t.last_block = blocks * (segment + 1) / segments;
+      t.sinks = sinks;
+      t.recent = total - recent;
+      t.stride = stride;
+      t.estimates = estimates + head * group_ * stride;
+      t.ranks = ranks + head * blocks * kLanes;
+      t.peaks = parts + i * group_ * (d + 2);
+      t.sums = t.peaks + group_;
+      t.out = t.sums + group_;
+      t.pages = parts + heads * segments * (d + 2) + i * group_ * kLanes;
+      return t;
+    };
+    const auto count = static_cast<size_t>(kv_heads_ * segments);
+    context.parallel(count, [&](size_t i) { path().estimate(task(static_cast<int64_t>(i))); });
+    for (int64_t h = 0; h < heads; ++h) {  // the peak of all segments
+      float top = -1e30f;
+      for (int64_t g = 0; g < segments; ++g) top = std::max(top, task(h / group_ * segments + g).peaks[h % group_]);
+      for (int64_t g = 0; g < segments; ++g) task(h / group_ * segments + g).peaks[h % group_] = top;
+    }
+    context.parallel(count, [&](size_t i) { path().weigh(task(static_cast<int64_t>(i))); });
+    context.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) {
+      const int64_t head = static_cast<int64_t>(i);
+      finish(task(head * segments), segments, q + head * group_ * d, keys + head * cache * d, values + head * cache * d,
+             total, s.budget - recent - sinks, s.budget, scale, out + head * group_ * d);
+    });
+  }
+
+  struct Found {
+    float weight;
+    int32_t position;
+  };
+
+  // The `wanted` candidates of greatest weight, then up to `more` that follow them, each in order of position; returns
+  // how many are of the first kind. Of equal ones the earlier are taken. A page's rank bounds its positions, so that only
+  // pages above the rank that as many pages reach are looked into.
+  static int64_t choose(const SparseTask& t, int64_t total, int64_t wanted, int64_t more, std::vector<float>& ranks,
+                        std::vector<Found>& found) {
+    found.clear();
+    const int64_t pages = (total + kPageTokens - 1) / kPageTokens, both = wanted + more;
+    if (both <= 0) return 0;
+    float least = 0.0f;
+    if (pages > both) {
+      ranks.assign(t.ranks, t.ranks + pages);
+      std::nth_element(ranks.begin(), ranks.begin() + (both - 1), ranks.end(), std::greater<float>());
+      least = ranks[static_cast<size_t>(both - 1)];
+    }
+    for (int64_t page = 0; page < pages; ++page) {
+      if (!(t.ranks[page] >= least)) continue;
+      const int64_t at = page / kLanes * kBlockTokens + page % kLanes;
+      const int64_t end = std::min(kPageTokens, total - page * kPageTokens);
+      for (int64_t j = 0; j < end; ++j) {
+        float weight = 0.0f;
+        for (int64_t h = 0; h < t.heads; ++h) weight = std::max(weight, t.estimates[h * t.stride + at + j * kLanes]);
+        const int64_t position = page * kPageTokens + j;
+        if (weight >= least && position >= t.sinks && position < t.recent) found.push_back({weight, static_cast<int32_t>(position)});
+      }
+    }
+    const auto greater = [](const Found& a, const Found& b) {
+      return a.weight > b.weight || (a.weight == b.weight && a.position < b.position);
+    };
+    const auto earlier = [](const Found& a, const Found& b) { return a.position < b.position; };
+    if (static_cast<int64_t>(found.size()) > both) {
+      std::nth_element(found.begin(), found.begin() + both, found.end(), greater);
+      found.resize(static_cast<size_t>(both));
+    }
+    const int64_t first = std::min(wanted, static_cast<int64_t>(found.size()));
+    std::nth_element(found.begin(), found.begin() + first, found.end(), greater);
+    std::sort(found.begin(), found.begin() + first, earlier);
+    std::sort(found.begin() + first, found.end(), earlier);
+    return first;
+  }
+
+  void finish(const SparseTask& t, int64_t segments, const float* q, const uint16_t* keys, const uint16_t* values,
+              int64_t total, int64_t wanted, int64_t budget, float scale, float* out) const {
+    thread_local std::vector<float> ranks;
+    thread_local std::vector<Found> found;
+    const int64_t d = head_dim_;
+    const int64_t chosen = choose(t, total, wanted, followers_ * budget, ranks, found), count = t.sinks + chosen + total - t.recent;
+    DecodeTask exact{};
+    uint16_t* rows = scratch<uint16_t, Use::kGathered>(static_cast<size_t>(2 * count * d));
+    const size_t bytes = static_cast<size_t>(d) * sizeof(uint16_t);
+    for (const auto& [from, to] : {std::pair{keys, rows}, {values, rows + count * d}}) {
+      std::memcpy(to, from, static_cast<size_t>(t.sinks) * bytes);
+      for (int64_t i = 0; i < chosen; ++i) {
+        if (i + 8 < chosen) __builtin_prefetch(from + found[static_cast<size_t>(i + 8)].position * d);
+        std::memcpy(to + (t.sinks + i) * d, from + found[static_cast<size_t>(i)].position * d, bytes);
+      }
+      std::memcpy(to + (t.sinks + chosen) * d, from + t.recent * d, static_cast<size_t>(total - t.recent) * bytes);
+    }
+    exact.q = q;
+    exact.keys = rows;
+    exact.values = rows + count * d;
+    exact.count = count;
+    exact.count_padded = (count + kLanes - 1) / kLanes * kLanes;
+    exact.heads = t.heads;
+    exact.head_dim = d;
+    exact.scale = scale;
+    float* work = scratch<float, Use::kChosen>(static_cast<size_t>(t.heads * (d + 2) + 4 * exact.count_padded));
+    exact.out = work;
+    exact.maxima = exact.out + t.heads * d;
+    exact.sums = exact.maxima + t.heads;
+    exact.scratch = exact.sums + t.heads;
+    path().decode(exact);
+    for (int64_t h = 0; h < t.heads; ++h) {
+      // The tail: the segments' sums less what was attended exactly; those that follow bring their own values.
+      float weight = 0.0f, tail[kWidest] = {};
+      for (int64_t g = 0; g < segments; ++g) {
+        const int64_t step = g * t.heads * (d + 2);
+        weight += t.sums[step + h];
+        for (int64_t c = 0; c < d; ++c) tail[c] += t.out[step + h * d + c];
+      }
+      for (size_t i = 0; i < found.size(); ++i) {
+        const int64_t p = found[i].position;
+        const float w = t.estimates[h * t.stride + p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes +
+                                    p % kBlockTokens / kPageTokens];
+        path().subtract(t.means + p / kPageTokens * d, w, d, tail);
+        if (static_cast<int64_t>(i) < chosen) {
+          weight -= w;
+        } else {
+          path().subtract(values + p * d, -w, d, tail);
+        }
+      }
+      const float peak = t.peaks[h], top = std::max(exact.maxima[h], peak);
+      const float a = std::exp(exact.maxima[h] - top), b = std::exp(peak - top);
+      const float sum = a * exact.sums[h] + b * std::max(weight, 0.0f);
+      for (int64_t c = 0; c < d; ++c) out[h * d + c] = (a * exact.out[h * d + c] + b * tail[c]) / sum;
+    }
+  }
+
+  // Norm where there is one, then the rotation of halves.
+  void rotate(const float* x, const float* c, const float* s, const float* norm, float* out) const {
+    const int64_t half = head_dim_ / 2;
+    float gain = 1.0f;
+    if (norm) {
+      float total = 0.0f;
+      for (int64_t i = 0; i < head_dim_; ++i) total += x[i] * x[i];
+      gain = 1.0f / std::sqrt(total / static_cast<float>(head_dim_) + epsilon_);
+    }
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = x[i] * (norm ? gain * read(norm + i) : 1.0f);
+      const float b = x[half + i] * (norm ? gain * read(norm + half + i) : 1.0f);
+      out[i] = a * read(c + i) - b * read(s + i);
+      out[half + i] = b * read(c + i) + a * read(s + i);
+    }
+  }
+
+  void prefill(const Context& context, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache,
+               int64_t first, int64_t tokens, float* out) const {
+    constexpr int64_t kTokens = 64;
+    const int64_t parts = (tokens + kTokens - 1) / kTokens, width = kv_heads_ * group_ * head_dim_;
+    context.parallel(static_cast<size_t>(kv_heads_ * parts), [&](size_t i) {
+      // The last tokens see the most keys: they begin first.
+      const int64_t head = static_cast<int64_t>(i) % kv_heads_, part = parts - 1 - static_cast<int64_t>(i) / kv_heads_;
+      AttentionTask task{};
+      task.tokens = std::min(kTokens, tokens - part * kTokens);
+      const int64_t at = part * kTokens * width + head * group_ * head_dim_;
+      task.q = q + at;
+      task.out = out + at;
+      task.q_stride = width;
+      task.keys = keys + head * cache * head_dim_;
+      task.values = values + head * cache * head_dim_;
+      task.heads = group_;
+      task.head_dim = head_dim_;
+      task.first = first + part * kTokens;
+      task.window = window_;
+      task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+      task.scratch = scratch<float, Use::kScores>(attention_scratch(kTokens, group_, head_dim_));
+      path().attend(task);
+    });
+  }
+
+  // One token: the cache is cut into stretches, and the stretches' sums are joined.
+  void decode(const Context& context, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache,
+              int64_t total, float* out) const {
+    const int64_t d = head_dim_, from = window_ > 0 ? std::max<int64_t>(0, total - window_) : 0, length = total - from;
+    // Stretches depend on the length alone, so that results do not depend on the number of threads.
+    const int64_t stretches = std::clamp<int64_t>(length / 128, 1, 16), parts = kv_heads_ * stretches;
+    float* joined = scratch<float, Use::kPartials>(static_cast<size_t>(parts * group_ * (d + 2)));
+    const bool small = g_decode_threads <= 1 || length * kv_heads_ < 96;
+    auto work = [&](int64_t i) {
+      const int64_t head = i / stretches, stretch = i % stretches;
+      const int64_t begin = from + length * stretch / stretches, end = from + length * (stretch + 1) / stretches;
+      DecodeTask task{};
+      task.q = q + head * group_ * d;
+      task.keys = keys + (head * cache + begin) * d;
+      task.values = values + (head * cache + begin) * d;
+      task.count = end - begin;
+      task.count_padded = (task.count + kLanes - 1) / kLanes * kLanes;
+      task.heads = group_;
+      task.head_dim = d;
+      task.scale = 1.0f / std::sqrt(static_cast<float>(d));
+      task.out = joined + i * group_ * (d + 2);
+      task.maxima = task.out + group_ * d;
+      task.sums = task.maxima + group_;
+      task.scratch = scratch<float, Use::kScores>(static_cast<size_t>(4 * task.count_padded));
+      path().decode(task);
+    };
+    if (small) {
+      for (int64_t i = 0; i < parts; ++i) work(i);
+    } else {
+      context.parallel(static_cast<size_t>(parts), [&](size_t i) { work(static_cast<int64_t>(i)); });
+    }
+    for (int64_t head = 0; head < kv_heads_; ++head) {
+      for (int64_t h = 0; h < group_; ++h) join(joined + head * stretches * group_ * (d + 2), stretches, h, out + (head * group_ + h) * d);
+    }
+  }
+
+  void join(const float* parts, int64_t stretches, int64_t h, float* out) const {
+    const int64_t d = head_dim_, size = group_ * (d + 2);
+    float top = -INFINITY, total = 0.0f;
+    for (int64_t i = 0; i < stretches; ++i) top = std::max(top, parts[i * size + group_ * d + h]);
+    std::fill(out, out + d, 0.0f);
+    for (int64_t i = 0; i < stretches; ++i) {
+      const float* part = parts + i * size;
+      const float weight = std::exp(part[group_ * d + h] - top);
+      total += weight * part[group_ * (d + 1) + h];
+      for (int64_t c = 0; c < d; ++c) out[c] += weight * part[h * d + c];
+    }
+    for (int64_t c = 0; c < d; ++c) out[c] /= total;
+  }
+
+  int64_t kv_heads_, group_, head_dim_, window_;
+  int64_t sinks_ = 0, recent_ = 1, followers_ = 0, dense_below_ = 0, width_ = 32;
+  const float* center_ = nullptr;
+  const float* step_ = nullptr;
+  float epsilon_ = 0.0f;
+  const float* q_norm_ = nullptr;
+  const float* k_norm_ = nullptr;
+};
+
+struct Attention : Attend<false, false> {
+  using Attend::Attend;
+  static constexpr const char* kName = "Attention";  // qkv, past_key, past_value, last, cos, sin
+  static constexpr ort::Type kInputs[] = {ort::kFloat, ort::kHalf, ort::kHalf, ort::kInt32, ort::kFloat, ort::kFloat};
+  static constexpr ort::Type kOutputs[] = {ort::kFloat, ort::kHalf, ort::kHalf};
+};
+
+struct NormAttention : Attend<true, false> {
+  using Attend::Attend;
+  static constexpr const char* kName = "NormAttention";  // ... q_norm, k_norm
+  static constexpr ort::Type kInputs[] = {ort::kFloat, ort::kHalf,  ort::kHalf,  ort::kInt32,
+                                          ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr ort::Type kOutputs[] = {ort::kFloat, ort::kHalf, ort::kHalf};
+};
+
+struct HadamardSparseAttention : Attend<false, true> {
+  using Attend::Attend;
+  // qkv, past_key, past_value, past_codes, past_means, last, cos, sin, center, step, budget
+  static constexpr const char* kName = "HadamardSparseAttention";
+  static constexpr ort::Type kInputs[] = {ort::kFloat, ort::kHalf,  ort::kHalf,  ort::kUint8, ort::kHalf, ort::kInt32,
+                                          ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
+  static constexpr ort::Type kOutputs[] = {ort::kFloat, ort::kHalf, ort::kHalf, ort::kUint8, ort::kHalf};
+};
+
+struct NormHadamardSparseAttention : Attend<true, true> {
+  using Attend::Attend;
+  static constexpr const char* kName = "NormHadamardSparseAttention";  // ... q_norm, k_norm
+  static constexpr ort::Type kInputs[] = {ort::kFloat, ort::kHalf,  ort::kHalf,  ort::kUint8, ort::kHalf,
+                                          ort::kInt32, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
+                                          ort::kInt32, ort::kFloat, ort::kFloat};
+  static constexpr ort::Type kOutputs[] = {ort::kFloat, ort::kHalf, ort::kHalf, ort::kUint8, ort::kHalf};
+};
+
+}  // namespace
+}  // namespace edgekit

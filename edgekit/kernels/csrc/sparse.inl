@@ -1,0 +1,179 @@
+// Hadamard sparse attention of one token: estimate all positions from 2-bit codes of the keys.
+//
+// The cache of a key-value head is cut into blocks of 256 positions, and a block into 16 pages of 16 positions. The codes
+// of a block stand in 16 tiles: tile j holds position j of every page, so that lanes are pages, and what belongs to a
+// page (its largest estimate, its weight) is found without crossing lanes. A tile is `width` / 16 runs of 64 bytes; in
+// run r, byte 4 * lane + k holds channels 16r + k, 16r + 4 + k, 16r + 8 + k and 16r + 12 + k, two bits each, the low
+// bits first: one load serves sixteen channels of sixteen positions. See docs/sparse-attention.md.
+
+namespace edgekit {
+namespace {
+
+// x in place times the normalised Hadamard matrix of `width`, a power of two.
+void hadamard(float* x, int64_t width) {
+  for (int64_t half = 1; half < width; half *= 2) {
+    for (int64_t from = 0; from < width; from += 2 * half) {
+      for (int64_t i = from; i < from + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / sqrtf(static_cast<float>(width));
+  for (int64_t i = 0; i < width; ++i) x[i] *= norm;
+}
+
+// Codes of one key at `position` of a head's codes: clamp(floor(h / step) + 2, 0, 3) of h = hadamard(key - center).
+void encode(const float* key, const float* center, float step, int64_t head_dim, int64_t width, int64_t position,
+            float* spread, uint8_t* codes) {
+  for (int64_t i = 0; i < width; ++i) spread[i] = i < head_dim ? key[i] - read(center + i) : 0.0f;
+  hadamard(spread, width);
+  uint8_t* tile = codes + (position / kBlockTokens * kPageTokens + position % kPageTokens) * 4 * width;
+  const int64_t lane = position % kBlockTokens / kPageTokens;
+  for (int64_t r = 0; r < width / 16; ++r) {
+    for (int64_t k = 0; k < 4; ++k) {
+      unsigned byte = 0;
+      for (int64_t p = 0; p < 4; ++p) {
+        const float level = floorf(spread[16 * r + 4 * p + k] / step) + 2.0f;
+        const unsigned code = !(level > 0.0f) ? 0u : level >= 3.0f ? 3u : static_cast<unsigned>(level);
+        byte |= code << (2 * p);
+      }
+      tile[64 * r + 4 * lane + k] = static_cast<uint8_t>(byte);
+    }
+  }
+}
+
+// The query as integers: estimates are factor * (sum of code * integer) + constant.
+void encode_query(const float* q, const float* center, float step, float scale, int64_t head_dim, int64_t width,
+                  float* spread, int8_t* codes, float* factor, float* constant) {
+  float shift = 0.0f, peak = 0.0f;
+  for (int64_t i = 0; i < width; ++i) spread[i] = i < head_dim ? q[i] : 0.0f;
+  for (int64_t i = 0; i < head_dim; ++i) shift += q[i] * read(center + i);
+  hadamard(spread, width);
+  for (int64_t i = 0; i < width; ++i) peak = fabsf(spread[i]) > peak ? fabsf(spread[i]) : peak;
+  const float unit = peak > 0.0f ? 127.0f / peak : 0.0f;
+  int32_t total = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const float whole = nearbyintf(spread[i] * unit);
+    codes[i] = static_cast<int8_t>(whole > 127.0f ? 127.0f : whole >= -127.0f ? whole : -127.0f);
+    total += codes[i];
+  }
+  *factor = peak / 127.0f * step * scale;
+  *constant = shift * scale - 1.5f * static_cast<float>(total) * *factor;
+}
+
+// Estimates of the blocks first..last, for `Heads` query heads from `head`.
+template <int Heads>
+void estimate_heads(const SparseTask& t, int64_t head, int64_t first, int64_t last) {
+  for (int64_t b = first; b < last; ++b) {
+    for (int64_t j = 0; j < kPageTokens; ++j) {
+      const uint8_t* tile = t.codes + (b * kPageTokens + j) * 4 * t.width;
+      prefetch(tile + 8 * t.width);
+      prefetch(tile + 8 * t.width + 64);
+      Ints acc[Heads];
+      for (int h = 0; h < Heads; ++h) acc[h] = all(int32_t{0});
+      for (int64_t c = 0; c < t.width; c += 32) {
+        const Bytes low = load_bytes(tile + 4 * c), high = load_bytes(tile + 4 * c + 64);
+        const Bytes codes[8] = {quarter<0>(low),  quarter<1>(low),  quarter<2>(low),  quarter<3>(low),
+                                quarter<0>(high), quarter<1>(high), quarter<2>(high), quarter<3>(high)};
+        for (int h = 0; h < Heads; ++h) acc[h] = dot<4>(acc[h], codes, t.q_codes + (head + h) * t.width + c);
+      }
+      for (int h = 0; h < Heads; ++h) {
+        const Floats estimate = fma(to_float(acc[h]), all(t.factors[head + h]), all(t.constants[head + h]));
+        store(t.estimates + (head + h) * t.stride + (b * kPageTokens + j) * kLanes, estimate);
+      }
+    }
+  }
+}
+
+// Where position p of the sequence stands among the estimates.
+inline int64_t place(int64_t p) {
+  return p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
+}
+
+void estimate(const SparseTask& t) {
+  int64_t h = 0;
+  for (; h + 3 <= t.heads; h += 3) estimate_heads<3>(t, h, t.first_block, t.last_block);
+  for (; h < t.heads; ++h) estimate_heads<1>(t, h, t.first_block, t.last_block);
+  for (h = 0; h < t.heads; ++h) {
+    float* row = t.estimates + h * t.stride;
+    // What is attended exactly anyway, and what lies ahead, is no candidate.
+    const int64_t from = t.first_block * kBlockTokens, to = t.last_block * kBlockTokens;
+    for (int64_t p = from; p < t.sinks && p < to; ++p) row[place(p)] = kHidden;
+    for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[place(p)] = kHidden;
+    Floats top = all(kHidden);
+    for (int64_t i = from; i < to; i += kLanes) top = max(load(row + i), top);
+    t.peaks[h] = largest(top);
+  }
+}
+
+// e^x within 1 % for x <= 0, 0 in effect below -87: a parabola for 2^f where `exponential` has a polynomial of degree six. What
+// is weighed so is an estimate that is off by more.
+inline Floats rough_exponential(Floats x) {
+  const Floats t = mul(max(x, all(-87.0f)), all(1.44269504088896341f)), n = round(t), f = sub(t, n);
+  return scale_by_power(fma(fma(all(0.2402265f), f, all(0.6931472f)), f, all(1.0f)), n);
+}
+
+// The heads' tails: means of a block's pages times their weights.
+template <int Heads>
+void add_means(const SparseTask& t, int64_t head, const uint16_t* means) {
+  for (int64_t i = 0; i < t.head_dim; i += kLanes) {
+    Floats acc[Heads];
+    for (int h = 0; h < Heads; ++h) acc[h] = load(t.out + (head + h) * t.head_dim + i);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const Floats mean = load_half(means + l * t.head_dim + i);
+      for (int h = 0; h < Heads; ++h) acc[h] = fma(all(t.pages[(head + h) * kLanes + l]), mean, acc[h]);
+    }
+    for (int h = 0; h < Heads; ++h) store(t.out + (head + h) * t.head_dim + i, acc[h]);
+  }
+}
+
+// Estimates become weights e^(estimate - peak) in place; a page's rank is the largest weight of its positions and heads.
+// Leaves the blocks' sums of weights, and of weights times the pages' mean values.
+void weigh(const SparseTask& t) {
+  const int64_t d = t.head_dim;
+  std::memset(t.out, 0, sizeof(float) * t.heads * d);
+  for (int64_t h = 0; h < t.heads; ++h) t.sums[h] = 0.0f;
+  for (int64_t b = t.first_block; b < t.last_block; ++b) {
+    Floats rank = zeros();
+    for (int64_t h = 0; h < t.heads; ++h) {
+      float* row = t.estimates + h * t.stride + b * kBlockTokens;
+      const Floats peak = all(t.peaks[h]);
+      Floats total[2] = {zeros(), zeros()}, high[2] = {zeros(), zeros()};
+      for (int64_t j = 0; j < kPageTokens; j += 2) {
+        for (int64_t k = 0; k < 2; ++k) {
+          const Floats weight = rough_exponential(sub(load(row + (j + k) * kLanes), peak));
+          high[k] = max(weight, high[k]);
+          store(row + (j + k) * kLanes, weight);
+          total[k] = add(total[k], weight);
+        }
+      }
+      rank = max(rank, max(high[0], high[1]));
+      const Floats pages = add(total[0], total[1]);
+      t.sums[h] += sum(pages);
+      store(t.pages + h * kLanes, pages);
+    }
+    store(t.ranks + b * kLanes, rank);
+    const uint16_t* means = t.means + b * kLanes * d;
+    int64_t h = 0;
+    for (; h + 3 <= t.heads; h += 3) add_means<3>(t, h, means);
+    for (; h < t.heads; ++h) add_means<1>(t, h, means);
+  }
+}
+
+void mean(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out) {
+  const Floats share = all(1.0f / static_cast<float>(count));
+  for (int64_t i = 0; i < head_dim; i += kLanes) {
+    Floats total = zeros();
+    for (int64_t j = 0; j < count; ++j) total = add(total, load_half(rows + j * head_dim + i));
+    store_half(out + i, mul(total, share));
+  }
+}
+
+void subtract(const uint16_t* row, float weight, int64_t head_dim, float* tail) {
+  for (int64_t i = 0; i < head_dim; i += kLanes) store(tail + i, fma(all(-weight), load_half(row + i), load(tail + i)));
+}
+
+}  // namespace
+}  // namespace edgekit

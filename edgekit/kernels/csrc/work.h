@@ -1,0 +1,34 @@
+// How operators share work between threads, and the memory that they work in.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace edgekit {
+
+inline int g_decode_threads = 1, g_prefill_threads = 1;
+
+// What scratch memory is for; pieces for different uses may be held at the same time.
+enum class Use { kCodes, kScales, kSums, kQueries, kPartials, kScores, kRanks, kGathered, kChosen };
+
+// Memory of one thread that grows and stays, so that no step allocates.
+template <class T, Use>
+T* scratch(size_t count) {
+  thread_local std::vector<T> memory;
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
+
+// How many pieces to cut `units` of work into: a few a thread, so that none waits long for another.
+inline size_t pieces(int64_t units, int threads, int64_t least_units) {
+  if (threads <= 1) return 1;
+  return static_cast<size_t>(std::clamp<int64_t>(units / least_units, 1, 4 * threads));
+}
+
+inline int64_t share(int64_t units, size_t piece, size_t pieces) {
+  return units * static_cast<int64_t>(piece) / static_cast<int64_t>(pieces);
+}
+
+}  // namespace edgekit

@@ -1,0 +1,380 @@
+"""Calibration: text in, and out of it what each matrix of a model reads.
+
+A text becomes `samples` windows of `length` tokens. Their hidden states walk through the model block by block, always
+through the blocks as compressed so far, so that a step sees the inputs that its matrices will really have. For a matrix
+that reads rows x_t (of T tokens in all), a step may ask for
+
+    gram      sum_t x_t x_t^T               (in, in) float64
+    mean_abs  1/T sum_t |x_t|               (in,) float64
+    max_abs   max_t |x_t|                   (in,) float64
+    cross     sum_t x'_t x_t^T              x' what the uncompressed model's matrix reads there
+    drift     sum_t (r'_t - r_t) x_t^T      (out, in): how far the residual stream has moved, for those that write to it
+
+Within a layer the stages are run one after another with what is compressed already, and each is run once: a stage is
+kept until a matrix before it changes. States lie in memory up to a limit, beyond it in files without a name, which the
+system removes whatever happens. The products are float32 over a few windows at a time, their sums float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from edgekit.checkpoint import Block, Checkpoint
+from edgekit.errors import ModelError, UserError
+from edgekit.model.config import DecoderConfig
+from edgekit.model.stages import Stage, stage_of
+from edgekit.model.torch_view import Layer, rms_norm
+from edgekit.step import CalibrationOptions, CalibrationRecord, InputStatistics
+from edgekit.weight import Floats, Weight
+
+PIECE = 8192  # characters of a plain text that are sampled as one document
+TOKENS_AT_ONCE = 2048
+FINAL_NORM = "model.norm.weight"
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a UTF-8 .txt or .jsonl file, either also as .gz, in their order.
+
+    A line of a .jsonl holds {"text": ...} or {"messages": [{"content": ...}, ...]}. A plain text is cut at line ends
+    into pieces of about 8,000 characters. Raises UserError: it cannot be read, or a line has neither.
+    """
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except OSError as problem:
+        raise UserError(f"a calibration file must be readable: {path} ({problem.strerror or problem})") from problem
+    except (EOFError, zlib.error) as problem:
+        raise UserError(f"a .gz file must be whole: {path} ({problem})") from problem
+    except UnicodeDecodeError as problem:
+        raise UserError(f"a calibration text must be UTF-8: {path}, byte {problem.start}") from problem
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        lines = enumerate(text.splitlines(), 1)
+        return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    pieces, size = [""], 0
+    for line in text.splitlines(keepends=True):
+        if size > PIECE:
+            pieces.append("")
+            size = 0
+        pieces[-1] += line
+        size += len(line)
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _document(line: str, where: str) -> str:
+    try:
+        data = json.loads(line)
+        if "messages" in data:
+            return "\n\n".join(message["content"] for message in data["messages"])
+        if isinstance(data["text"], str):
+            return str(data["text"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f'a calibration record must hold "text" or "messages": {where} does not')
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows (samples, length) and the record of where they come from."""
+
+    ids: NDArray[np.int64]
+    record: CalibrationRecord
+
+
+def token_windows(checkpoint: Checkpoint, options: CalibrationOptions, *, seed: int) -> Windows:
+    """`options.samples` windows of the documents of all files, taken in an order that `seed` chooses.
+
+    Documents are joined by the model's end-of-text token; each window begins with the token that the tokenizer puts
+    before a text, where it has one. Raises UserError: the texts are too short, or no file is named; ModelError: the
+    model has no tokenizer.json.
+    """
+    if not options.files:
+        raise UserError(
+            "a step of this recipe needs calibration text: name files with --calibration (.txt or .jsonl, also .gz)"
+        )
+    length = options.length or min(1024, checkpoint.decoder.context_length)
+    if not 2 <= length <= checkpoint.decoder.context_length:
+        raise UserError(
+            f"calibration windows must have from 2 to {checkpoint.decoder.context_length} tokens, the model's context:"
+            f" got {length}"
+        )
+    tokenizer = _tokenizer(checkpoint)
+    documents = [document for file in options.files for document in read_documents(Path(file))]
+    order = np.random.default_rng((seed, len(documents))).permutation(len(documents))
+    first = tokenizer.encode("", add_special_tokens=True).ids[:1]
+    ends = list(checkpoint.decoder.eos_ids[:1])
+    needed, tokens = options.samples * (length - len(first)), list[int]()
+    for index in order:
+        tokens += tokenizer.encode(documents[index], add_special_tokens=False).ids + ends
+        if len(tokens) >= needed:
+            break
+    if len(tokens) < needed:
+        raise UserError(
+            f"calibration text must fill {options.samples} windows of {length} tokens ({needed}): it has {len(tokens)};"
+            " name more files, or ask for fewer samples"
+        )
+    ids = np.array(tokens[:needed], np.int64).reshape(options.samples, -1)
+    ids = np.concatenate([np.tile(np.array(first, np.int64), (options.samples, 1)), ids], axis=1)
+    if ids.max() >= checkpoint.decoder.vocabulary:
+        raise ModelError(f"the tokenizer must fit the model: token {ids.max()} of {checkpoint.decoder.vocabulary}")
+    names = tuple(sorted(Path(file).name for file in options.files))
+    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    return Windows(ids, CalibrationRecord(names, options.samples, length, digest))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+    except KeyError:
+        raise ModelError("calibration needs the model's tokenizer.json: it has none") from None
+    except Exception as problem:  # the tokenizers package raises nothing narrower
+        raise ModelError(f"tokenizer.json must be readable: {problem}") from problem
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+class Room:
+    """Where states lie: in memory up to `limit_bytes`, beyond it in unnamed files in `folder`."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self.left = folder, limit_bytes
+
+    def take(self, shape: tuple[int, ...]) -> Floats:
+        """An array (shape) float32; give it back with `give` to free its part of the limit."""
+        size = 4 * int(np.prod(shape))
+        if size <= self.left:
+            self.left -= size
+            return np.empty(shape, np.float32)
+        with tempfile.TemporaryFile(dir=self.folder) as file:  # the mapping outlives its name and handle
+            return np.memmap(file, np.float32, "w+", shape=shape)
+
+    def give(self, array: Floats | None) -> None:
+        if array is not None and not isinstance(array, np.memmap):
+            self.left += array.nbytes
+
+
+class LayerInputs:
+    """What the matrices of one decoder layer read, at one depth of the stream. Implements `edgekit.step.Inputs`."""
+
+    def __init__(
+        self, states: Floats, config: DecoderConfig, room: Room, original: tuple[LayerInputs, Block] | None = None
+    ) -> None:
+        self.states, self.config, self.room, self.original = states, config, room, original
+        self._kept: dict[str, tuple[tuple[object, ...], Floats]] = {}
+        self._found: dict[tuple[Stage, bool], tuple[tuple[object, ...], InputStatistics]] = {}
+
+    def statistics(self, block: Block, module: str) -> InputStatistics:
+        """What `module` reads, with the matrices of `block` before it. Raises ModelError: it is no linear of a layer,
+        or states are not finite."""
+        stage = stage_of(module)
+        if stage is None:
+            raise ModelError(f"calibration must know what each matrix reads: it does not know {module}")
+        key = _before(block, stage)
+        found = self._found.get((stage, self.original is not None))
+        if found is not None and _same(found[0], key):
+            return found[1]
+        statistics = self._sum(block, stage, module)
+        self._found[stage, self.original is not None] = key, statistics
+        return statistics
+
+    def output(self, block: Block) -> Floats:
+        """The layer's output for all windows, (samples, length, hidden); the stages are given back."""
+        layer = Layer.of(block, self.config)
+        residual, gated = self._stage(block, "residual"), self._stage(block, "gated")
+        result = self.room.take(self.states.shape)
+        for part in self._parts():
+            result[part] = layer.add(_tensor(residual[part]), "mlp.down_proj", _tensor(gated[part])).numpy()
+        for _, array in self._kept.values():
+            self.room.give(array)
+        self._kept.clear()
+        self._found.clear()
+        return result
+
+    def _sum(self, block: Block, stage: Stage, module: str) -> InputStatistics:
+        layer = Layer.of(block, self.config)
+        x, source = self._reads(block, stage)
+        width = self._width(layer, stage)
+        sums = _Sums(width)
+        cross = drift = None
+        if self.original is not None:
+            there, whole = self.original
+            other, its_source = there._reads(whole, stage)
+            cross = torch.zeros(width, width, dtype=torch.float64)
+            drift = torch.zeros(self.config.hidden_size, width, dtype=torch.float64)
+            its_layer = Layer.of(whole, self.config)
+        for part in self._parts():
+            rows = _at(layer, stage, x[part]).flatten(0, 1)
+            sums.add(rows)
+            if self.original is not None:
+                rows_there = _at(its_layer, stage, other[part]).flatten(0, 1)
+                cross += (rows_there.T @ rows).double()
+                moved = _tensor(its_source[part]) - _tensor(source[part])
+                drift += (moved.flatten(0, 1).T @ rows).double()
+        return dataclasses.replace(
+            sums.statistics(module),
+            cross=None if cross is None else cross.numpy(),
+            drift=None if drift is None else drift.numpy(),
+        )
+
+    def _reads(self, block: Block, stage: Stage) -> tuple[Floats, Floats]:
+        """What the stage is computed from, and the residual stream that its readers' outputs join."""
+        if stage == "attention_input":
+            return self.states, self.states
+        if stage == "mixed":
+            return self._stage(block, "mixed"), self.states
+        residual = self._stage(block, "residual")
+        return (residual if stage == "mlp_input" else self._stage(block, "gated")), residual
+
+    def _width(self, layer: Layer, stage: Stage) -> int:
+        leaf = {"attention_input": "self_attn.q_proj", "mixed": "self_attn.o_proj", "mlp_input": "mlp.up_proj"}
+        return int(layer.matrices[leaf.get(stage, "mlp.down_proj")].shape[1])
+
+    def _stage(self, block: Block, name: str) -> Floats:
+        """`mixed`, `residual` or `gated` for all windows, run again only when something before it changed."""
+        key = _before(block, name)
+        kept = self._kept.get(name)
+        if kept is not None and _same(kept[0], key):
+            return kept[1]
+        if kept is not None:
+            self.room.give(self._kept.pop(name)[1])
+        layer = Layer.of(block, self.config)
+        samples, length, hidden = self.states.shape
+        if name == "residual":
+            mixed = self._stage(block, "mixed")
+            result = self.room.take((samples, length, hidden))
+            for part in self._parts():
+                result[part] = layer.add(_tensor(self.states[part]), "self_attn.o_proj", _tensor(mixed[part])).numpy()
+        elif name == "mixed":
+            result = self.room.take((samples, length, layer.matrices["self_attn.o_proj"].shape[1]))
+            for part in self._parts():
+                result[part] = layer.mixed(layer.attention_input(_tensor(self.states[part]))).numpy()
+        else:
+            residual = self._stage(block, "residual")
+            result = self.room.take((samples, length, layer.matrices["mlp.down_proj"].shape[1]))
+            for part in self._parts():
+                result[part] = layer.gated(layer.mlp_input(_tensor(residual[part]))).numpy()
+        self._kept[name] = key, result
+        return result
+
+    def _parts(self) -> Iterator[slice]:
+        samples, length, _ = self.states.shape
+        step = max(1, TOKENS_AT_ONCE // length)
+        return (slice(start, min(start + step, samples)) for start in range(0, samples, step))
+
+
+class _Sums:
+    """Statistics of rows (tokens, in) that come a few at a time."""
+
+    def __init__(self, width: int) -> None:
+        self.gram = torch.zeros(width, width, dtype=torch.float64)
+        self.total, self.most = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        self.gram += (rows.T @ rows).double()
+        self.total += rows.abs().sum(0, dtype=torch.float64)
+        self.most = torch.maximum(self.most, rows.abs().amax(0).double())
+        self.tokens += len(rows)
+
+    def statistics(self, module: str) -> InputStatistics:
+        if not torch.isfinite(self.gram).all():
+            raise ModelError(
+                f"what {module} reads must be finite on the calibration text: it is not; the weights are damaged"
+            )
+        return InputStatistics(self.gram.numpy(), (self.total / self.tokens).numpy(), self.most.numpy(), self.tokens)
+
+
+def _at(layer: Layer, stage: Stage, x: Floats) -> Tensor:
+    """The stage's values from what `LayerInputs._reads` gives."""
+    values = _tensor(x)
+    if stage == "attention_input":
+        return layer.attention_input(values)
+    return layer.mlp_input(values) if stage == "mlp_input" else values
+
+
+_ORDER: dict[str, int] = {"attention_input": 0, "mixed": 1, "residual": 2, "mlp_input": 2, "gated": 3}
+_LAST_BEFORE = {"self_attn.q": 1, "self_attn.k": 1, "self_attn.v": 1, "self_attn.o": 2, "mlp.gate": 3, "mlp.up": 3}
+_NORMS_BEFORE = {"input_layernorm": 0, "post_attention_layernorm": 2, "self_attn.q_norm": 1, "self_attn.k_norm": 1}
+
+
+def _before(block: Block, stage: str) -> tuple[object, ...]:
+    """All matrices and vectors of the block that decide a stage."""
+    places = _LAST_BEFORE | _NORMS_BEFORE
+    parts = [*sorted(block.matrices.items()), *sorted(block.vectors.items())]
+    return tuple(part for name, part in parts if any(f".{at}" in name and places[at] <= _ORDER[stage] for at in places))
+
+
+def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _tensor(array: Floats) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class FinalInputs:
+    """What the head reads: the final states, normed."""
+
+    def __init__(self, states: Floats, config: DecoderConfig) -> None:
+        self.states, self.config = states, config
+
+    def statistics(self, block: Block, module: str) -> InputStatistics:
+        """Raises ModelError: the block has no final norm, or states are not finite."""
+        if FINAL_NORM not in block.vectors:
+            raise ModelError(f"the model must have {FINAL_NORM}: its weights lack it")
+        gain = torch.from_numpy(block.vectors[FINAL_NORM])
+        sums = _Sums(self.states.shape[-1])
+        for window in self.states:
+            sums.add(rms_norm(_tensor(window), gain, self.config.norm_eps))
+        return sums.statistics(module)
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """The hidden states of all windows, advanced block by block."""
+
+    def __init__(self, windows: Windows, config: DecoderConfig, room: Room) -> None:
+        self.windows, self.config, self.room = windows, config, room
+        self.states: Floats | None = None
+
+    def begin(self, table: Weight) -> None:
+        """Look the tokens up in the token table."""
+        samples, length = self.windows.ids.shape
+        values = table.dense()
+        self.states = self.room.take((samples, length, values.shape[1]))
+        for state, ids in zip(self.states, self.windows.ids, strict=True):
+            state[:] = values[ids]
+
+    def inputs(self, original: tuple[LayerInputs, Block] | None = None) -> LayerInputs:
+        """What the next layer's matrices read."""
+        assert self.states is not None, "begin comes first"
+        return LayerInputs(self.states, self.config, self.room, original)
+
+    def final(self) -> FinalInputs:
+        assert self.states is not None, "begin comes first"
+        return FinalInputs(self.states, self.config)
+
+    def advance(self, inputs: LayerInputs, block: Block) -> None:
+        """Go on behind `block`, whose inputs these are."""
+        before = self.states
+        self.states = inputs.output(block)
+        self.room.give(before)

@@ -1,0 +1,136 @@
+"""Sparse attention from export to session: calibration, the cache's parts, budgets, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_cases import needs_library
+from tiny import tiny_folder
+
+from edgekit.bundle import DecoderSpec, LayerCache
+from edgekit.checkpoint import open_checkpoint
+from edgekit.compress import compress
+from edgekit.errors import ModelError, UserError
+from edgekit.export.export import export
+from edgekit.export.sparse import SparseOptions, calibrate
+from edgekit.export.targets import find_target, host_target
+from edgekit.model.sources import open_model
+from edgekit.recipe import load_recipe
+from edgekit.report import Report
+from edgekit.runtime.engine import Engine
+from edgekit.runtime.session import Session
+
+OPTIONS = SparseOptions(budget=48, recent=8, sinks=2, dense_layers=1, dense_below=64)
+
+
+@pytest.fixture(scope="module", params=["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def bundle(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path_factory.mktemp("sparse")
+    source = tiny_folder(folder / "source", architecture=request.param, layers=3)
+    compress(open_model(str(source)), load_recipe("int4"), folder / "small")
+    export(
+        open_checkpoint(folder / "small"),
+        folder / "bundle",
+        target=find_target(host_target()),
+        context=1024,
+        rope_scaling=("yarn", 8.0),
+        sparse=OPTIONS,
+        accept_drift=True,
+    )
+    return folder / "bundle"
+
+
+@needs_library
+def test_a_sparse_bundle_answers_and_says_what_it_is(bundle: Path) -> None:
+    session = Session.open(bundle)
+    assert [layer.sparse for layer in session.bundle.spec.layers] == [
+        False,
+        *[True] * (len(session.bundle.spec.layers) - 1),
+    ]
+    assert session.engine.budget == 48
+    assert session.generate("The quick", max_tokens=5).text() is not None
+    report = {row.name: row for row in Report.load(bundle / "report.json").measurements}
+    assert "not trained for it" in report["context, times the trained one"].note
+
+
+@needs_library
+def test_a_budget_of_the_context_is_exact_and_a_small_one_is_near(bundle: Path) -> None:
+    ids = np.random.default_rng(0).integers(3, 300, 400).tolist()
+    engine = Session.open(bundle).engine
+    for start in range(0, 399, 50):  # up to 64 tokens at a time, activations are rounded alike
+        engine.forward(ids[start : min(start + 50, 399)])
+    found = {}
+    for budget in (1 << 20, 399, 48, 4):
+        engine.budget = budget
+        engine.rewind(399)
+        found[budget] = engine.forward(ids[-1:])[-1].copy()
+    exact = found[1 << 20]
+    assert np.array_equal(exact, found[399]) is False  # 400 positions, one of them left to its estimate
+    spread = exact.std()
+    assert np.abs(found[399] - exact).max() < 0.02 * spread
+    assert 0 < np.abs(found[48] - exact).max() < np.abs(found[4] - exact).max() + spread
+    engine.rewind(350)
+    assert np.allclose(engine.forward(ids[350:])[-1], exact, atol=1e-3 * spread)  # several tokens attend exactly
+
+
+@needs_library
+def test_codes_are_those_of_the_tokens_in_the_cache_after_a_rewind(bundle: Path) -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(3, 300, (2, 300)).tolist()
+    used, fresh = Session.open(bundle).engine, Session.open(bundle).engine
+    used.forward(first)
+    used.rewind(37)
+    used.forward(second[37:])
+    fresh.forward([*first[:37], *second[37:]])
+    for name in ("1.codes", "1.means"):
+        a, b = used._cache[name][0], fresh._cache[name][0]
+        assert (a != b).mean() < 0.02, "but for rounding, which depends on how a prompt was cut"
+
+
+@needs_library
+@pytest.mark.parametrize("budget", [0, -1, 1 << 31])
+def test_a_budget_out_of_range_is_refused(bundle: Path, budget: int) -> None:
+    with pytest.raises(UserError, match="budget must be at least 1"):
+        Session.open(bundle, budget=budget)
+
+
+@needs_library
+def test_sparse_attention_needs_our_operators(bundle: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(bundle.parent / "small")
+    with pytest.raises(UserError, match="sparse attention needs our operators"):
+        export(checkpoint, tmp_path / "out", target=find_target("portable"), sparse=OPTIONS)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="at least 256 tokens: this one has"):
+        export(checkpoint, tmp_path / "out", target=find_target(host_target()), sparse=OPTIONS, calibration="The fox")
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": 0}, {"recent": 0}, {"sinks": -1}, {"dense_below": -1}, {"followers": -1}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="of sparse attention must be from"):
+        SparseOptions(**options)
+
+
+def test_a_spec_must_have_a_budget_with_its_sparse_layers_alone() -> None:
+    sizes = {"architecture": "a", "target": "x86", "vocabulary": 9, "context_length": 9, "eos_ids": ()}
+    more = {"resident_bytes": 1, "activation_bytes": 1}
+    for layers, budget in (((LayerCache(1, 16, sparse=True),), None), ((LayerCache(1, 16),), 8)):
+        with pytest.raises(ModelError, match="must come with sparse layers"):
+            DecoderSpec(**sizes, **more, layers=layers, budget=budget)  # type: ignore[arg-type]
+    spec = DecoderSpec(**sizes, **more, layers=(LayerCache(3, 64, sparse=True),), budget=8, operators="edgekit")  # type: ignore[arg-type]
+    assert spec.cache_bytes(256) == 256 * 3 * (64 * 2 * 2 + 64 // 4 + 64 * 2 // 16)
+
+
+def test_keys_that_are_alike_are_refused() -> None:
+    class Stuck(Engine):
+        def __init__(self) -> None:
+            self.tokens = list(range(300))
+
+        def keys(self, layer: int) -> np.ndarray:  # type: ignore[type-arg]
+            return np.ones((2, 300, 64), np.float16)
+
+    with pytest.raises(ModelError, match="keys must be numbers that differ"):
+        calibrate(Stuck(), [LayerCache(2, 64)])
