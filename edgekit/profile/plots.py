@@ -20,6 +20,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 16, 40
 _BINS = 40
 
 Points = Sequence[tuple[float, float]]
+_NOTHING = 1e-12  # no measured quantity is as small: such values are drawn as zero
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def bars(rows: Sequence[tuple[str, Sequence[float | None]]], *, names: Sequence[
 
 def roofline(*, bandwidth_gbs: float, compute_gops: float, dots: Sequence[tuple[str, float, float]], title: str) -> str:
     """The roof: operations a second over operations a byte, both logarithmic. `dots` are (name, x, y)."""
-    if not dots or min(bandwidth_gbs, compute_gops) <= 0 or any(x <= 0 or y <= 0 for _, x, y in dots):
+    smallest = min((bandwidth_gbs, compute_gops, *(min(x, y) for _, x, y in dots)), default=0.0)
+    if not dots or smallest < _NOTHING:
         return ""
     ridge = compute_gops / bandwidth_gbs
     low = 10 ** math.floor(math.log10(min([ridge, *(x for _, x, _ in dots)]) / 2))
@@ -174,6 +176,8 @@ def _axes(span: tuple[float, float], most: float, *, ticks: bool = True) -> tupl
 def _nice(low: float, high: float, count: int = 5) -> tuple[float, ...]:
     """Round numbers within [low, high], about `count` of them."""
     raw = (high - low) / count
+    if raw < _NOTHING:
+        return (low,)
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
