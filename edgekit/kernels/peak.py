@@ -38,7 +38,8 @@ class NearPeak:
         if self._ids.size < scores.size:
             self._ids, self._weights = np.empty(scores.size, np.int32), np.empty(scores.size, np.float32)
             self._places = self._ids.ctypes.data, self._weights.ctypes.data, ctypes.addressof(self._total)
-        scores = np.ascontiguousarray(scores, np.float32)
+        if scores.dtype != np.float32 or not scores.flags.c_contiguous:
+            scores = np.ascontiguousarray(scores, np.float32)
         found = self._native(scores.ctypes.data, scores.size, peak, factor, floor, *self._places)
         return self._ids[:found], self._weights[:found], self._total.value
 

@@ -202,7 +202,7 @@ class Attend {
     int8_t* codes = scratch<int8_t, Use::kCodes>(static_cast<size_t>(heads * width_));
     float* small = scratch<float, Use::kPartials>(static_cast<size_t>(heads * (2 + segments * (d + 2 + kLanes))));
     float *factors = small, *constants = small + heads, *parts = constants + heads;
-    float* estimates = scratch<float, Use::kScores>(static_cast<size_t>(heads * stride));
+    float* estimates = scratch<float, Use::kScores>(static_cast<size_t>((heads + kv_heads_) * stride));
     float* ranks = scratch<float, Use::kRanks>(static_cast<size_t>(kv_heads_ * blocks * kLanes));
     for (int64_t h = 0; h < heads; ++h) {
       float spread[kWidest];
@@ -226,6 +226,7 @@ class Attend {
       t.recent = total - recent;
       t.stride = stride;
       t.estimates = estimates + head * group_ * stride;
+      t.greatest = estimates + (heads + head) * stride;
       t.ranks = ranks + head * blocks * kLanes;
       t.peaks = parts + i * group_ * (d + 2);
       t.sums = t.peaks + group_;
@@ -253,6 +254,27 @@ class Attend {
     int32_t position;
   };
 
+  // Bring the `count` of greatest weight to the front. A histogram over the weights' leading bits finds the bucket in
+  // which they end, and only what lies in that one is compared.
+  static void lead(std::vector<Found>& found, int64_t count) {
+    if (count <= 0 || count >= static_cast<int64_t>(found.size())) return;
+    constexpr uint32_t kBuckets = 1024;  // weights are at most 1, whose leading 12 bits are 1016
+    const auto bucket = [](const Found& one) {
+      uint32_t bits;
+      std::memcpy(&bits, &one.weight, sizeof bits);
+      return std::min(bits >> 20, kBuckets - 1);
+    };
+    int64_t counts[kBuckets] = {};
+    for (const Found& one : found) ++counts[bucket(one)];
+    uint32_t last = kBuckets - 1;
+    for (int64_t above = counts[last]; above < count; above += counts[last]) --last;
+    const auto middle = std::partition(found.begin(), found.end(), [&](const Found& one) { return bucket(one) > last; });
+    const auto end = std::partition(middle, found.end(), [&](const Found& one) { return bucket(one) == last; });
+    std::nth_element(middle, found.begin() + count, end, [](const Found& a, const Found& b) {
+      return a.weight > b.weight || (a.weight == b.weight && a.position < b.position);
+    });
+  }
+
   // The `wanted` candidates of greatest weight, then up to `more` that follow them, each in order of position; returns
   // how many are of the first kind. Of equal ones the earlier are taken. A page's rank bounds its positions, so that only
   // pages above the rank that as many pages reach are looked into.
@@ -272,22 +294,18 @@ class Attend {
       const int64_t at = page / kLanes * kBlockTokens + page % kLanes;
       const int64_t end = std::min(kPageTokens, total - page * kPageTokens);
       for (int64_t j = 0; j < end; ++j) {
-        float weight = 0.0f;
-        for (int64_t h = 0; h < t.heads; ++h) weight = std::max(weight, t.estimates[h * t.stride + at + j * kLanes]);
+        const float weight = t.greatest[at + j * kLanes];
         const int64_t position = page * kPageTokens + j;
         if (weight >= least && position >= t.sinks && position < t.recent) found.push_back({weight, static_cast<int32_t>(position)});
       }
     }
-    const auto greater = [](const Found& a, const Found& b) {
-      return a.weight > b.weight || (a.weight == b.weight && a.position < b.position);
-    };
     const auto earlier = [](const Found& a, const Found& b) { return a.position < b.position; };
     if (static_cast<int64_t>(found.size()) > both) {
-      std::nth_element(found.begin(), found.begin() + both, found.end(), greater);
+      lead(found, both);
       found.resize(static_cast<size_t>(both));
     }
     const int64_t first = std::min(wanted, static_cast<int64_t>(found.size()));
-    std::nth_element(found.begin(), found.begin() + first, found.end(), greater);
+    lead(found, first);
     std::sort(found.begin(), found.begin() + first, earlier);
     std::sort(found.begin() + first, found.end(), earlier);
     return first;
@@ -297,6 +315,7 @@ class Attend {
               int64_t total, int64_t wanted, int64_t budget, float scale, float* out) const {
     thread_local std::vector<float> ranks;
     thread_local std::vector<Found> found;
+    thread_local std::vector<int32_t> at;
     const int64_t d = head_dim_;
     const int64_t chosen = choose(t, total, wanted, followers_ * budget, ranks, found), count = t.sinks + chosen + total - t.recent;
     DecodeTask exact{};
@@ -324,25 +343,33 @@ class Attend {
     exact.sums = exact.maxima + t.heads;
     exact.scratch = exact.sums + t.heads;
     path().decode(exact);
+    // The tail: the segments' sums less what was attended exactly; those that follow bring their own values.
+    const int64_t all = static_cast<int64_t>(found.size());
+    at.resize(static_cast<size_t>(2 * all));
+    int32_t *positions = at.data(), *pages = positions + all;
+    float* tails = scratch<float, Use::kTails>(static_cast<size_t>(t.heads * (d + 2 * all)));
+    float *plus = tails + t.heads * d, *minus = plus + t.heads * all;
+    for (int64_t i = 0; i < all; ++i) {
+      const int32_t p = found[static_cast<size_t>(i)].position;
+      positions[i] = p;
+      pages[i] = p / static_cast<int32_t>(kPageTokens);
+      const int64_t place = p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
+      for (int64_t h = 0; h < t.heads; ++h) {
+        plus[h * all + i] = t.estimates[h * t.stride + place];
+        minus[h * all + i] = -plus[h * all + i];
+      }
+    }
+    std::fill(tails, tails + t.heads * d, 0.0f);
+    for (int64_t g = 0; g < segments; ++g) {
+      for (int64_t i = 0; i < t.heads * d; ++i) tails[i] += t.out[g * t.heads * (d + 2) + i];
+    }
+    path().gather(t.means, pages, all, t.heads, minus, all, d, tails);
+    path().gather(values, positions + chosen, all - chosen, t.heads, plus + chosen, all, d, tails);
     for (int64_t h = 0; h < t.heads; ++h) {
-      // The tail: the segments' sums less what was attended exactly; those that follow bring their own values.
-      float weight = 0.0f, tail[kWidest] = {};
-      for (int64_t g = 0; g < segments; ++g) {
-        const int64_t step = g * t.heads * (d + 2);
-        weight += t.sums[step + h];
-        for (int64_t c = 0; c < d; ++c) tail[c] += t.out[step + h * d + c];
-      }
-      for (size_t i = 0; i < found.size(); ++i) {
-        const int64_t p = found[i].position;
-        const float w = t.estimates[h * t.stride + p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes +
-                                    p % kBlockTokens / kPageTokens];
-        path().subtract(t.means + p / kPageTokens * d, w, d, tail);
-        if (static_cast<int64_t>(i) < chosen) {
-          weight -= w;
-        } else {
-          path().subtract(values + p * d, -w, d, tail);
-        }
-      }
+      const float* tail = tails + h * d;
+      float weight = 0.0f;
+      for (int64_t g = 0; g < segments; ++g) weight += t.sums[g * t.heads * (d + 2) + h];
+      for (int64_t i = 0; i < chosen; ++i) weight += minus[h * all + i];
       const float peak = t.peaks[h], top = std::max(exact.maxima[h], peak);
       const float a = std::exp(exact.maxima[h] - top), b = std::exp(peak - top);
       const float sum = a * exact.sums[h] + b * std::max(weight, 0.0f);

@@ -125,6 +125,7 @@ struct SparseTask {
   int64_t recent;           // nor are those from here on
   int64_t stride;           // floats of a head's estimates
   float* estimates;         // [heads][stride]; then weights
+  float* greatest;          // [stride]: of the heads' weights
   float* ranks;             // [pages]
   float* pages;             // [heads][16], to work in
   float* peaks;             // [heads]
@@ -152,9 +153,10 @@ struct Path {
                        float* spread, int8_t* codes, float* factor, float* constant);
   void (*estimate)(const SparseTask& task);
   void (*weigh)(const SparseTask& task);
-  // The mean of `count` rows, and tail - weight * row.
+  // The mean of `count` rows; and out[h] += sum_i weights[h][i] * rows[at[i]], with `stride` weights a head.
   void (*mean)(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out);
-  void (*subtract)(const uint16_t* row, float weight, int64_t head_dim, float* tail);
+  void (*gather)(const uint16_t* rows, const int32_t* at, int64_t count, int64_t heads, const float* weights,
+                 int64_t stride, int64_t head_dim, float* out);
   // See peak.inl.
   int64_t (*near_peak)(const float* x, int64_t count, float peak, float factor, float floor, int32_t* indices,
                        float* weights, double* total);

@@ -155,6 +155,11 @@ void weigh(const SparseTask& t) {
       store(t.pages + h * kLanes, pages);
     }
     store(t.ranks + b * kLanes, rank);
+    for (int64_t i = b * kBlockTokens; i < (b + 1) * kBlockTokens; i += kLanes) {
+      Floats most = load(t.estimates + i);
+      for (int64_t h = 1; h < t.heads; ++h) most = max(load(t.estimates + h * t.stride + i), most);
+      store(t.greatest + i, most);
+    }
     const uint16_t* means = t.means + b * kLanes * d;
     int64_t h = 0;
     for (; h + 3 <= t.heads; h += 3) add_means<3>(t, h, means);
@@ -171,8 +176,28 @@ void mean(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out) 
   }
 }
 
-void subtract(const uint16_t* row, float weight, int64_t head_dim, float* tail) {
-  for (int64_t i = 0; i < head_dim; i += kLanes) store(tail + i, fma(all(-weight), load_half(row + i), load(tail + i)));
+template <int Heads>
+void gather_heads(const uint16_t* rows, const int32_t* at, int64_t count, const float* weights, int64_t stride,
+                  int64_t head_dim, float* out) {
+  for (int64_t c = 0; c < head_dim; c += kLanes) {
+    Floats acc[Heads];
+    for (int h = 0; h < Heads; ++h) acc[h] = load(out + h * head_dim + c);
+    for (int64_t i = 0; i < count; ++i) {
+      if (c == 0 && i + 8 < count) prefetch(rows + at[i + 8] * head_dim);
+      const Floats row = load_half(rows + at[i] * head_dim + c);
+      for (int h = 0; h < Heads; ++h) acc[h] = fma(all(weights[h * stride + i]), row, acc[h]);
+    }
+    for (int h = 0; h < Heads; ++h) store(out + h * head_dim + c, acc[h]);
+  }
+}
+
+void gather(const uint16_t* rows, const int32_t* at, int64_t count, int64_t heads, const float* weights, int64_t stride,
+            int64_t head_dim, float* out) {
+  int64_t h = 0;
+  for (; h + 3 <= heads; h += 3) {
+    gather_heads<3>(rows, at, count, weights + h * stride, stride, head_dim, out + h * head_dim);
+  }
+  for (; h < heads; ++h) gather_heads<1>(rows, at, count, weights + h * stride, stride, head_dim, out + h * head_dim);
 }
 
 }  // namespace
