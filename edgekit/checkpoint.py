@@ -65,6 +65,26 @@ class TensorReader(Protocol):
 
 
 @dataclass(frozen=True)
+class RenamedReader:
+    """A TensorReader whose `seen` names stand for other names of `stored`."""
+
+    stored: TensorReader
+    seen: Mapping[str, str]
+
+    def names(self) -> Sequence[str]:
+        return sorted(self.seen)
+
+    def files(self) -> set[Path]:
+        return self.stored.files()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored.shape(self.seen[name])
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self.stored.read(self.seen[name])
+
+
+@dataclass(frozen=True)
 class Entry:
     """What `structure.json` says of one module: codes of `bits` bits in blocks, for a matrix of `shape` (out, in)."""
 

@@ -28,13 +28,12 @@ import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.checkpoint import Block, Checkpoint, TensorReader
+from edgekit.checkpoint import Block, Checkpoint, RenamedReader
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
 from edgekit.model.config import DecoderConfig
@@ -248,13 +247,11 @@ def _matrix_outline(checkpoint: Checkpoint, module: str) -> MatrixOutline:
     shape = checkpoint.shape(module)
     if module not in checkpoint.structure:
         return MatrixOutline(shape, 4 * shape[0] * shape[1], dense=True)
-    parts = {
-        f"{module}.codes": 1,
-        f"{module}.scales": 2,
-        f"{module}.zeros": 1,
-        f"{module}.minima": 2,
-    }  # name -> bytes a number
-    present = set(checkpoint.tensors.names()) & set(parts)
+    names = set(checkpoint.tensors.names())
+    size = 1 if f"{module}.steps" in names else 2  # scales and minima are bytes where rows have steps
+    bytes_a_number = {"codes": 1, "scales": size, "zeros": 1, "minima": size, "steps": 2}
+    parts = {f"{module}.{part}": count for part, count in bytes_a_number.items()}
+    present = names & set(parts)
     return MatrixOutline(
         shape, sum(parts[part] * math.prod(checkpoint.tensors.shape(part)) for part in present), dense=False
     )
@@ -270,25 +267,5 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str], *, config: Mapping
         for module, stored in names.items()
         if module.endswith(".codes")
     }
-    reader = _RenamedReader(checkpoint.tensors, names)
+    reader = RenamedReader(checkpoint.tensors, names)
     return dataclasses.replace(checkpoint, tensors=reader, structure=structure, config=dict(config))
-
-
-@dataclass(frozen=True)
-class _RenamedReader:
-    """A TensorReader whose `seen` names stand for other names of `stored`."""
-
-    stored: TensorReader
-    seen: Mapping[str, str]
-
-    def names(self) -> Sequence[str]:
-        return sorted(self.seen)
-
-    def files(self) -> set[Path]:
-        return self.stored.files()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.stored.shape(self.seen[name])
-
-    def read(self, name: str) -> NDArray[Any]:
-        return self.stored.read(self.seen[name])

@@ -34,15 +34,16 @@ from edgekit.bundle import MODEL, SPEC, WEIGHTS, EncoderSpec
 from edgekit.checkpoint import Checkpoint, refuse_overlap
 from edgekit.errors import ModelError, UserError
 from edgekit.export.graph import Graph
+from edgekit.export.record import write_manifest
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
 from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN, OPS
 from edgekit.kernels.pack import tile
-from edgekit.manifest import Manifest, now, record_files, versions
+from edgekit.manifest import Manifest
 from edgekit.model.encoder_config import EncoderConfig, encoder_config
 from edgekit.model.encoder_reference import states
-from edgekit.report import Measurement, Report
+from edgekit.report import Measurement
 from edgekit.runtime.embeddings import Encoder, pooled
 from edgekit.weight import Floats, Quantized, concatenate
 
@@ -98,7 +99,7 @@ def export_encoder(
         on_progress("checking it against the NumPy forward")
         measured = check_encoder(checkpoint, folder, spec, accept_drift=accept_drift)
         on_progress("writing digests")
-        return _write_manifest(checkpoint, folder, measured)
+        return write_manifest(checkpoint, folder, measured)
 
 
 def build_encoder(checkpoint: Checkpoint, folder: Path) -> bool:
@@ -305,28 +306,3 @@ def _token_ids(checkpoint: Checkpoint, spec: EncoderSpec) -> list[list[int]]:
     if not found:
         raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
     return found
-
-
-def _write_manifest(checkpoint: Checkpoint, folder: Path, measured: tuple[Measurement, ...]) -> Manifest:
-    size = (folder / WEIGHTS).stat().st_size + (folder / MODEL).stat().st_size
-    measured = (Measurement("size of graph and weights", size / 1e6, "MB"), *measured)
-    found = versions("numpy", "onnx", "onnxruntime", "tokenizers")
-    report = Report(
-        title="export", subject=checkpoint.source.name, measurements=measured, machine={}, versions=found, created=now()
-    )
-    report.save(folder / "report.json")
-    before = checkpoint.manifest
-    manifest = Manifest(
-        kind="bundle",
-        source=checkpoint.source,
-        files=record_files(folder, [path.name for path in folder.iterdir()]),
-        recipe=before.recipe if before else "",
-        recipe_sha256=before.recipe_sha256 if before else "",
-        seed=before.seed if before else 0,
-        steps=before.steps if before else (),
-        measurements=(*(before.measurements if before else ()), *measured),
-        versions=found,
-        created=now(),
-    )
-    manifest.save(folder)
-    return manifest

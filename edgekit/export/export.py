@@ -17,15 +17,16 @@ from edgekit.errors import ModelError, UserError
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
+from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyStatistics, SparseOptions, calibrate, written_text
 from edgekit.export.stock import stock_bits
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
 from edgekit.host import host_device
 from edgekit.kernels.library import library_path, status
-from edgekit.manifest import Manifest, now, record_files, versions
+from edgekit.manifest import Manifest
 from edgekit.model.config import stretched
-from edgekit.report import Measurement, Report
+from edgekit.report import Measurement
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.text import whole
 
@@ -113,7 +114,7 @@ def export(
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
         on_progress("writing digests")
-        return _write_manifest(checkpoint, folder, spec, measured)
+        return write_manifest(checkpoint, folder, measured)
 
 
 def _key_statistics(checkpoint: Checkpoint, folder: Path, tokens: int, text: str | None) -> list[KeyStatistics]:
@@ -182,33 +183,6 @@ def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measur
     distinct = len(set(ids[count:])) / max(1, len(ids) - count)
     note = f'"{PROMPTS[0]}" goes on: {text.strip()}'
     return Measurement("sample: distinct tokens", distinct * 100, "%", n=len(ids) - count, note=note)
-
-
-def _write_manifest(
-    checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, measured: tuple[Measurement, ...]
-) -> Manifest:
-    size = (folder / WEIGHTS).stat().st_size + (folder / MODEL).stat().st_size
-    measured = (Measurement("size of graph and weights", size / 1e6, "MB"), *measured)
-    found = versions("numpy", "onnx", "onnxruntime", "tokenizers")
-    report = Report(
-        title="export", subject=checkpoint.source.name, measurements=measured, machine={}, versions=found, created=now()
-    )
-    report.save(folder / "report.json")
-    before = checkpoint.manifest
-    manifest = Manifest(
-        kind="bundle",
-        source=checkpoint.source,
-        files=record_files(folder, [path.name for path in folder.iterdir()]),
-        recipe=before.recipe if before else "",
-        recipe_sha256=before.recipe_sha256 if before else "",
-        seed=before.seed if before else 0,
-        steps=before.steps if before else (),
-        measurements=(*(before.measurements if before else ()), *measured),
-        versions=found,
-        created=now(),
-    )
-    manifest.save(folder)
-    return manifest
 
 
 def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

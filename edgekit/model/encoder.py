@@ -15,14 +15,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from numpy.typing import NDArray
-
-from edgekit.checkpoint import Checkpoint, TensorReader, read_json
+from edgekit.checkpoint import Checkpoint, RenamedReader, read_json
 from edgekit.errors import ModelError
 from edgekit.folder import inside
 from edgekit.model.encoder_config import ARCHITECTURES, EMBEDDING, Pooling, encoder_config
@@ -72,7 +69,7 @@ def open_encoder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             seen[name] = stored
     config = {**checkpoint.config, EMBEDDING: _sentence_transformers(folder)}
     encoder_config(config)
-    return dataclasses.replace(checkpoint, tensors=_Renamed(checkpoint.tensors, seen), config=config)
+    return dataclasses.replace(checkpoint, tensors=RenamedReader(checkpoint.tensors, seen), config=config)
 
 
 def _canonical(stored: str, family: str) -> str | None:
@@ -86,26 +83,6 @@ def _canonical(stored: str, family: str) -> str | None:
         if match:
             return match.expand(name)
     raise ModelError(f"every weight must have a place in the encoder: {stored!r:.100} has none in the family {family}")
-
-
-@dataclass(frozen=True)
-class _Renamed:
-    """A TensorReader whose `seen` names stand for other names of `stored`."""
-
-    stored: TensorReader
-    seen: Mapping[str, str]
-
-    def names(self) -> Sequence[str]:
-        return sorted(self.seen)
-
-    def files(self) -> set[Path]:
-        return self.stored.files()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.stored.shape(self.seen[name])
-
-    def read(self, name: str) -> NDArray[Any]:
-        return self.stored.read(self.seen[name])
 
 
 # --- what sentence-transformers says ----------------------------------------------------------------------------------

@@ -1,0 +1,36 @@
+"""What an export leaves on record: the report of what was measured, and the manifest with where all of it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekit.bundle import MODEL, WEIGHTS
+from edgekit.checkpoint import Checkpoint
+from edgekit.manifest import Manifest, now, record_files, versions
+from edgekit.report import Measurement, Report
+
+
+def write_manifest(checkpoint: Checkpoint, folder: Path, measured: tuple[Measurement, ...]) -> Manifest:
+    """Write report.json and the manifest of the bundle in `folder`, whose other files are there."""
+    size = (folder / WEIGHTS).stat().st_size + (folder / MODEL).stat().st_size
+    measured = (Measurement("size of graph and weights", size / 1e6, "MB"), *measured)
+    found = versions("numpy", "onnx", "onnxruntime", "tokenizers")
+    report = Report(
+        title="export", subject=checkpoint.source.name, measurements=measured, machine={}, versions=found, created=now()
+    )
+    report.save(folder / "report.json")
+    before = checkpoint.manifest
+    manifest = Manifest(
+        kind="bundle",
+        source=checkpoint.source,
+        files=record_files(folder, [path.name for path in folder.iterdir()]),
+        recipe=before.recipe if before else "",
+        recipe_sha256=before.recipe_sha256 if before else "",
+        seed=before.seed if before else 0,
+        steps=before.steps if before else (),
+        measurements=(*(before.measurements if before else ()), *measured),
+        versions=found,
+        created=now(),
+    )
+    manifest.save(folder)
+    return manifest
