@@ -26,18 +26,22 @@ def test_native_equals_numpy(path: str, size: int) -> None:
     try:
         for temperature in (1e-30, 0.05, 1.0, 40.0):
             for floor in (2.0**-10, 2.0**-20, LOWEST):
-                ids, weights, total = NearPeak()(scores, peak, temperature, floor=floor)
-                wanted, exact, whole = _near_peak(scores, peak, np.float32(1 / temperature), floor)
-                edge = np.setxor1d(ids, wanted)  # weights within their error of the floor may fall on either side
+                near = NearPeak()(scores, peak, temperature, floor=floor)
+                wanted = _near_peak(scores, peak, np.float32(1 / temperature), floor, falling=False)
+                edge = np.setxor1d(near.ids, wanted.ids)  # weights within their error of the floor may fall either side
                 with np.errstate(over="ignore"):
                     at_edge = np.exp((scores[edge].astype(np.float64) - float(peak)) / temperature)
                 np.testing.assert_allclose(at_edge, floor, rtol=1e-4)
-                common = np.intersect1d(ids, wanted)
-                assert (np.diff(ids) > 0).all()
+                common = np.intersect1d(near.ids, wanted.ids)
+                assert (np.diff(near.ids) > 0).all()
                 np.testing.assert_allclose(
-                    weights[np.isin(ids, common)], exact[np.isin(wanted, common)], rtol=2e-5, atol=1e-37
+                    near.weights[np.isin(near.ids, common)],
+                    wanted.weights[np.isin(wanted.ids, common)],
+                    rtol=2e-5,
+                    atol=1e-37,
                 )
-                assert total == pytest.approx(whole, rel=1e-6)
+                np.testing.assert_allclose(near.sums, near.weights.cumsum(dtype=np.float64), rtol=1e-12)
+                assert near.total == pytest.approx(wanted.total, rel=1e-6)
     finally:
         library.choose_path(best)
 
@@ -45,15 +49,28 @@ def test_native_equals_numpy(path: str, size: int) -> None:
 def test_the_buffers_grow() -> None:
     near = NearPeak()
     for size in (3, 70, 5):
-        ids, weights, total = near(np.zeros(size, np.float32), np.float32(0), 1.0, floor=0.5)
-        assert ids.tolist() == list(range(size))
-        assert weights.tolist() == [1.0] * size
-        assert total == size
+        found = near(np.zeros(size, np.float32), np.float32(0), 1.0, floor=0.5)
+        assert found.ids.tolist() == list(range(size))
+        assert found.weights.tolist() == [1.0] * size
+        assert found.sums.tolist() == list(range(1, size + 1))
+        assert found.total == size
+
+
+def test_falling_weights_and_the_lower_id_first() -> None:
+    scores = np.round(np.random.default_rng(3).normal(0, 2, 3001)).astype(np.float32)  # many are equal
+    peak = scores.max()
+    rising, falling = (NearPeak()(scores, peak, 0.7, floor=LOWEST, falling=falling) for falling in (False, True))
+    order = np.lexsort((rising.ids, -rising.weights))
+    assert falling.ids.tolist() == rising.ids[order].tolist()
+    assert falling.weights.tolist() == rising.weights[order].tolist()
+    np.testing.assert_allclose(falling.sums, falling.weights.cumsum(dtype=np.float64), rtol=1e-12)
+    reference = _near_peak(scores, peak, np.float32(1 / 0.7), LOWEST, falling=True)
+    assert reference.ids.tolist() == falling.ids.tolist()
 
 
 def test_what_is_far_below_counts_for_nothing() -> None:
     scores = np.array([-1e30, 5.0, -np.inf, -100.0], np.float32)
-    ids, weights, total = NearPeak()(scores, np.float32(5), 1.0, floor=LOWEST)
-    assert ids.tolist() == [1]
-    assert weights.tolist() == [1.0]
-    assert total == pytest.approx(1.0)
+    near = NearPeak()(scores, np.float32(5), 1.0, floor=LOWEST)
+    assert near.ids.tolist() == [1]
+    assert near.weights.tolist() == [1.0]
+    assert near.total == pytest.approx(1.0)

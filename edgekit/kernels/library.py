@@ -119,8 +119,8 @@ def _load(path: Path) -> ctypes.CDLL:
         library.edgekit_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         library.edgekit_read.restype = ctypes.c_uint64
         library.edgekit_near_peak.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_float),
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_int),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
         ]
         library.edgekit_near_peak.restype = ctypes.c_int64
         library.edgekit_path.argtypes = []

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import ModelError, UserError
-from edgekit.kernels.peak import LOWEST, NearPeak
+from edgekit.kernels.peak import LOWEST, Near, NearPeak
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def filtered_probabilities(
     peak = _peak(scores)
     if sampling.temperature == 0:
         return np.array([peak]), np.ones(1)
-    ids, weights, _ = _kept(scores, scores[peak], sampling, NearPeak())
-    ascending = np.argsort(ids)
-    probabilities = weights[ascending].astype(np.float64)
-    return ids[ascending].astype(np.int64), probabilities / probabilities.sum()
+    near, count = _kept(scores, scores[peak], sampling, NearPeak())
+    ascending = np.argsort(near.ids[:count])
+    probabilities = near.weights[ascending].astype(np.float64)
+    return near.ids[ascending].astype(np.int64), probabilities / probabilities.sum()
 
 
 class Sampler:
@@ -100,9 +100,9 @@ class Sampler:
         peak = _peak(scores)
         if self.sampling.temperature == 0:
             return peak
-        ids, _, sums = _kept(scores, scores[peak], self.sampling, self._near)
-        drawn = int(sums.searchsorted(self._random.random() * float(sums[-1]), side="right"))
-        return int(ids[min(drawn, ids.size - 1)])
+        near, count = _kept(scores, scores[peak], self.sampling, self._near)
+        drawn = int(near.sums.searchsorted(self._random.random() * near.sums[count - 1], side="right"))
+        return int(near.ids[min(drawn, count - 1)])
 
     def choose(self, logits: NDArray[np.float32], history: Sequence[int]) -> Choice:
         """The next token with its log-probability; costs one pass of `exp` over the vocabulary more than a call."""
@@ -140,37 +140,38 @@ def _peak(scores: NDArray[np.float32]) -> int:
     raise ModelError(f"logits must be finite: got {scores[peak]} for token {peak} of {scores.size}")
 
 
-def _kept(
-    scores: NDArray[np.float32], peak: np.float32, sampling: Sampling, near: NearPeak
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]:
-    """The ids that the filters leave, their probabilities relative to the largest one, and the running sums of those.
+def _kept(scores: NDArray[np.float32], peak: np.float32, sampling: Sampling, near_peak: NearPeak) -> tuple[Near, int]:
+    """What lies near the peak, and how many of it, from the first, the filters leave.
 
     In order of falling probability every filter keeps a beginning. All that it needs mostly lies near the peak, so
     floors are tried downwards until enough lies above: a few dozen tokens of a language model are sorted, and all of
     a flat distribution.
     """
-    if sampling.top_k == 0 and sampling.top_p == 1:  # nothing must be sorted
-        ids, weights, _ = near(scores, peak, sampling.temperature, floor=max(sampling.min_p, LOWEST))
-        return ids, weights, weights.cumsum(dtype=np.float64)
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
+    if top_k == 0 and top_p == 1:  # nothing must be sorted
+        near = near_peak(scores, peak, sampling.temperature, floor=max(min_p, LOWEST))
+        return near, near.ids.size
     for floor in (2.0**-10, 2.0**-20, LOWEST):
-        ids, weights, total = near(scores, peak, sampling.temperature, floor=floor)
-        order = (-weights).argsort(kind="stable")
-        weights = weights[order]
-        sums = weights.cumsum(dtype=np.float64)
-        count = weights.size
-        if 0 < sampling.top_k <= count:
-            count = int((-weights).searchsorted(-weights[sampling.top_k - 1], side="right"))
-            total = float(sums[count - 1])
-        elif sampling.top_k > 0 and floor != LOWEST:
+        near = near_peak(scores, peak, sampling.temperature, floor=floor, falling=True)
+        count, total = near.ids.size, near.total
+        if 0 < top_k <= count:
+            count = _at_least(near.weights, near.weights[top_k - 1])
+            total = float(near.sums[count - 1])
+        elif top_k > 0 and floor != LOWEST:
             continue
-        if sampling.top_p < 1:
-            needed = sampling.top_p * total
-            if sums[count - 1] < needed and floor != LOWEST:
+        if top_p < 1:
+            needed = top_p * total
+            if near.sums[count - 1] < needed and floor != LOWEST:
                 continue
-            count = min(count, int(sums.searchsorted(needed)) + 1)
-        if sampling.min_p > floor:
-            count = min(count, int((-weights).searchsorted(-np.float32(sampling.min_p), side="right")))
-        elif sampling.min_p > 0 and floor != LOWEST and count == weights.size:
+            count = min(count, int(near.sums.searchsorted(needed)) + 1)
+        if min_p > floor:
+            count = min(count, _at_least(near.weights, np.float32(min_p)))
+        elif min_p > 0 and floor != LOWEST and count == near.ids.size:
             continue
         break
-    return ids[order[:count]], weights[:count], sums[:count]
+    return near, count
+
+
+def _at_least(falling: NDArray[np.float32], least: np.float32) -> int:
+    """How many of some falling numbers are `least` or more."""
+    return falling.size - int(falling[::-1].searchsorted(least))

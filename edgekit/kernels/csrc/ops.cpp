@@ -1,6 +1,7 @@
 // The operators of domain ai.edgekit as ONNX Runtime sees them: they check shapes, split work and call the path.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <vector>
@@ -234,6 +235,22 @@ class QuantEmbedding {
   Matrix w_;
 };
 
+// Order positive weights and their indices by falling weight, equal weights by index.
+void sort_falling(int32_t* indices, float* weights, int64_t count) {
+  std::vector<uint64_t> keys(count);  // the bits of positive floats rise with their values
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, weights + i, sizeof bits);
+    keys[i] = uint64_t{~bits} << 32 | static_cast<uint32_t>(indices[i]);
+  }
+  std::sort(keys.begin(), keys.end());
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = ~static_cast<uint32_t>(keys[i] >> 32);
+    std::memcpy(weights + i, &bits, sizeof bits);
+    indices[i] = static_cast<int32_t>(static_cast<uint32_t>(keys[i]));
+  }
+}
+
 }  // namespace
 }  // namespace edgekit
 
@@ -280,10 +297,15 @@ __attribute__((visibility("default"))) uint64_t edgekit_read(const uint64_t* wor
   return total;
 }
 
+// What peak.inl finds, on request by falling weight and then by index; `sums` gets the running sums of the weights.
 __attribute__((visibility("default"))) int64_t edgekit_near_peak(const float* x, int64_t count, float peak, float factor,
-                                                                 float floor, int32_t* indices, float* weights,
-                                                                 double* total) {
-  return edgekit::path().near_peak(x, count, peak, factor, floor, indices, weights, total);
+                                                                 float floor, int falling, int32_t* indices,
+                                                                 float* weights, double* sums, double* total) {
+  const int64_t found = edgekit::path().near_peak(x, count, peak, factor, floor, indices, weights, total);
+  if (falling) edgekit::sort_falling(indices, weights, found);
+  double sum = 0.0;
+  for (int64_t i = 0; i < found; ++i) sums[i] = sum += weights[i];
+  return found;
 }
 
 __attribute__((visibility("default"))) const char* edgekit_path() { return edgekit::path().name; }
