@@ -99,9 +99,9 @@ SHAPES = [
     {"total": 300, "budget": 64, "sinks": 0, "recent": 1},
     {"total": 300, "budget": 64, "dense_below": 300},
     {"total": 300, "budget": 300},
-    {"total": 5000, "budget": 64, "followers": 3},
-    {"total": 300, "budget": 64, "followers": 3},
-    {"total": 700, "budget": 64, "followers": 64, "head_dim": 80},
+    {"total": 5000, "budget": 64, "followers": 192},
+    {"total": 300, "budget": 64, "followers": 192},
+    {"total": 700, "budget": 64, "followers": 5000, "head_dim": 80},
     {"total": 1, "budget": 1},
     {"total": 2, "budget": 1, "recent": 1},
     {"total": 300, "tokens": 7},
@@ -194,17 +194,17 @@ def test_the_transform_keeps_products() -> None:
     np.testing.assert_allclose((sparse.hadamard(a) * sparse.hadamard(b)).sum(-1), (a * b).sum(-1), atol=1e-4)
 
 
-def kept(weights: NDArray[np.float64], **options: int) -> list[int]:
-    return list(np.flatnonzero(sparse.select(weights, followers=0, **options)[0]))
+def kept(estimated: NDArray[np.float64], **options: int) -> list[int]:
+    return list(np.flatnonzero(sparse.select(estimated, followers=0, **options)[0]))
 
 
 def test_what_is_selected() -> None:
-    weights = np.array([[0.1, 0.2, 0.9, 0.1, 0.3, 0.1], [0.5, 0.1, 0.1, 0.1, 0.8, 0.1]])
-    assert kept(weights, budget=3, sinks=1, recent=1) == [0, 2, 5]
-    assert kept(weights, budget=4, sinks=1, recent=1) == [0, 2, 4, 5]
-    assert kept(weights, budget=1, sinks=4, recent=32) == [5]
-    assert kept(weights, budget=3, sinks=0, recent=1) == [2, 4, 5]
-    exact, following = sparse.select(weights, budget=1, sinks=0, recent=1, followers=2)
+    estimated = np.array([[-9.0, -8.0, 0.0, -9.0, -7.0, -9.0], [-6.0, -9.0, -9.0, -9.0, -0.1, -9.0]])
+    assert kept(estimated, budget=3, sinks=1, recent=1) == [0, 2, 5]
+    assert kept(estimated, budget=4, sinks=1, recent=1) == [0, 2, 4, 5]
+    assert kept(estimated, budget=1, sinks=4, recent=32) == [5]
+    assert kept(estimated, budget=3, sinks=0, recent=1) == [2, 4, 5]
+    exact, following = sparse.select(estimated, budget=1, sinks=0, recent=1, followers=2)
     assert (list(np.flatnonzero(exact)), list(np.flatnonzero(following))) == ([5], [2, 4])
 
 

@@ -33,15 +33,15 @@ class SparseOptions:
     """Sparse attention as an export asks for it.
 
     budget: positions that a token attends to exactly, unless the runtime is told otherwise. recent and sinks: the
-    newest and first positions, which are always among them. followers: how many times the budget of further positions
-    count with their own values, but estimated weights. dense_layers: layers at the beginning that stay exact.
+    newest and first positions, which are always among them. followers: how many further positions count with their own
+    values, but estimated weights. dense_layers: layers at the beginning that stay exact.
     dense_below: contexts up to this length are attended exactly. Raises UserError for a value out of range.
     """
 
     budget: int = 256
     recent: int = 32
     sinks: int = 4
-    followers: int = 3
+    followers: int = 192
     dense_layers: int = 2
     dense_below: int = 1024
 

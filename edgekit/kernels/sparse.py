@@ -8,9 +8,9 @@ calibrated center mu and step s of the keys of a key-value head:
     w_j         = e^(estimate_j - the largest of all candidates)            for each query head, within 1 %
 
 Positions that are attended exactly, S: the newest `recent`, the first `sinks`, and of the others, the candidates, those
-whose w_j is largest in any query head of the group, `budget` in all. The other candidates count as they are estimated:
-the next `followers * budget` of them, F, with their own values u_j = v_j, the rest with u_j = the mean value of their
-page of sixteen positions:
+whose estimate is nearest to the largest one in any query head of the group, `budget` in all. The other candidates count
+as they are estimated: the next `followers` of them, F, with their own values u_j = v_j, the rest with u_j = the mean
+value of their page of sixteen positions. Of equally near ones those are taken whose codes stand first:
 
     y = (sum_{j in S} e^{q.k_j / sqrt(d)} v_j + sum_{j not in S} e^{estimate_j} u_j)
       / (sum_{j in S} e^{q.k_j / sqrt(d)}     + sum_{j not in S} e^{estimate_j})
@@ -105,20 +105,24 @@ def rough_exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def select(
-    weights: NDArray[np.float64], *, budget: int, sinks: int, recent: int, followers: int
+    estimated: NDArray[np.float64], *, budget: int, sinks: int, recent: int, followers: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which of (heads, total) positions are attended exactly, and which follow with their own values; (total,) each."""
-    total = weights.shape[-1]
+    """Which positions are attended exactly, and which follow with their own values; (total,) each.
+
+    estimated: each position's estimate less the head's largest one among the candidates, (heads, total).
+    """
+    total = estimated.shape[-1]
     recent = min(recent, budget)
     sinks = min(sinks, budget - recent)
     position = np.arange(total)
     forced = (position < sinks) | (position >= total - recent)
-    rank = np.where(forced, -1.0, weights.max(0))
+    distance = np.where(forced, np.inf, -estimated.max(0))
     free = max(0, budget - recent - sinks)
-    order = np.argsort(-rank, kind="stable")
+    place = position // BLOCK * BLOCK + position % PAGE * PAGE + position % BLOCK // PAGE
+    order = np.lexsort((place, distance))
     exact, following = forced.copy(), np.zeros(total, bool)
     exact[order[:free]] = True
-    following[order[free : free + followers * budget]] = True
+    following[order[free : free + followers]] = True
     return exact, following & ~forced
 
 
@@ -144,7 +148,7 @@ def attend(
     candidate = (free >= min(sinks, budget - min(recent, budget))) & (free < total - min(recent, budget))
     peak = logits[:, candidate].max(-1, keepdims=True, initial=-1e30)
     weights = np.where(candidate, rough_exponential(np.minimum(logits - peak, 0)), 0)
-    exact, following = select(weights, budget=budget, sinks=sinks, recent=recent, followers=followers)
+    exact, following = select(logits - peak, budget=budget, sinks=sinks, recent=recent, followers=followers)
     scores = q.astype(np.float64) @ keys[exact].astype(np.float64).T / np.sqrt(head_dim)
     top = np.maximum(scores.max(-1, keepdims=True), peak)
     near, far = np.exp(scores - top), np.where(exact, 0, weights) * np.exp(peak - top)

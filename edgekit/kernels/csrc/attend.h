@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <utility>
 #include <vector>
 
@@ -45,7 +44,7 @@ class Attend {
     if (kSparse) {
       sinks_ = info.integer("sinks", 0, 1 << 20);
       recent_ = info.integer("recent", 1, 1 << 20);
-      followers_ = info.integer("followers", 0, 64);
+      followers_ = info.integer("followers", 0, 1 << 20);
       dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
       if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
       while (width_ < head_dim_) width_ *= 2;
@@ -191,26 +190,27 @@ class Attend {
   }
 
   // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count
-  // with their estimated weights and their pages' mean values.
+  // with their estimated weights, the next ones with their own values, the rest with their pages' means. The blocks are
+  // cut into segments, by the length alone, so that results do not depend on the number of threads.
   void select(const Context& context, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache,
               int64_t total, const Summary& s, float* out) const {
     const int64_t d = head_dim_, heads = kv_heads_ * group_, blocks = (total + kBlockTokens - 1) / kBlockTokens;
-    const int64_t recent = std::min(recent_, s.budget), sinks = std::min(sinks_, s.budget - recent);
     const int64_t stride = blocks * kBlockTokens, segments = std::clamp<int64_t>(blocks / 4, 1, 8);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    // Every head's query codes, then a segment's peaks, sums and tail.
+    const auto count = static_cast<size_t>(kv_heads_ * segments);
+    Selection selection(*this, q, keys, values, cache, total, s.budget);
+    float* estimates = scratch<float, Use::kScores>(static_cast<size_t>(heads * stride));
     int8_t* codes = scratch<int8_t, Use::kCodes>(static_cast<size_t>(heads * width_));
-    float* small = scratch<float, Use::kPartials>(static_cast<size_t>(heads * (2 + segments * (d + 2 + kLanes))));
-    float *factors = small, *constants = small + heads, *parts = constants + heads;
-    float* estimates = scratch<float, Use::kScores>(static_cast<size_t>((heads + kv_heads_) * stride));
-    float* ranks = scratch<float, Use::kRanks>(static_cast<size_t>(kv_heads_ * blocks * kLanes));
+    float* factors = scratch<float, Use::kScales>(static_cast<size_t>(2 * heads));
+    float* constants = factors + heads;
+    const int64_t part = group_ * (2 * d + 4 + kLanes);
+    float* parts = scratch<float, Use::kPartials>(count * static_cast<size_t>(part));
     for (int64_t h = 0; h < heads; ++h) {
       float spread[kWidest];
-      path().encode_query(q + h * d, center_ + h / group_ * d, read(step_ + h / group_), scale, d, width_, spread,
-                          codes + h * width_, factors + h, constants + h);
+      path().encode_query(q + h * d, center_ + h / group_ * d, read(step_ + h / group_), selection.scale, d, width_,
+                          spread, codes + h * width_, factors + h, constants + h);
     }
-    auto task = [&](int64_t i) {
-      const int64_t head = i / segments, segment = i % segments;
+    const auto task = [&](int64_t head, int64_t segment) {
+      float* own = parts + (head * segments + segment) * part;
       SparseTask t{};
       t.q_codes = codes + head * group_ * width_;
       t.factors = factors + head * group_;
@@ -222,160 +222,170 @@ class Attend {
       t.width = width_;
       t.first_block = blocks * segment / segments;
       t.last_block = blocks * (segment + 1) / segments;
-      t.sinks = sinks;
-      t.recent = total - recent;
+      t.sinks = selection.sinks;
+      t.recent = selection.recent;
       t.stride = stride;
       t.estimates = estimates + head * group_ * stride;
-      t.greatest = estimates + (heads + head) * stride;
-      t.ranks = ranks + head * blocks * kLanes;
-      t.peaks = parts + i * group_ * (d + 2);
-      t.sums = t.peaks + group_;
-      t.out = t.sums + group_;
-      t.pages = parts + heads * segments * (d + 2) + i * group_ * kLanes;
+      t.out = own;
+      t.sums = t.out + group_ * d;
+      t.peaks = t.sums + group_;
+      t.pages = t.peaks + group_;
       return t;
     };
-    const auto count = static_cast<size_t>(kv_heads_ * segments);
-    context.parallel(count, [&](size_t i) { path().estimate(task(static_cast<int64_t>(i))); });
-    for (int64_t h = 0; h < heads; ++h) {  // the peak of all segments
-      float top = -1e30f;
-      for (int64_t g = 0; g < segments; ++g) top = std::max(top, task(h / group_ * segments + g).peaks[h % group_]);
-      for (int64_t g = 0; g < segments; ++g) task(h / group_ * segments + g).peaks[h % group_] = top;
-    }
-    context.parallel(count, [&](size_t i) { path().weigh(task(static_cast<int64_t>(i))); });
+    // Beside a segment's tail stand the sums of what it attends to exactly, as `join` wants them.
+    const auto exact = [&](int64_t head, int64_t segment) {
+      return parts + (head * segments + segment) * part + group_ * (d + 2 + kLanes);
+    };
+    const auto at = [&](size_t i) {
+      return std::pair{static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments};
+    };
+    context.parallel(count, [&](size_t i) {
+      const auto [head, segment] = at(i);
+      path().estimate(task(head, segment));
+    });
     context.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) {
       const int64_t head = static_cast<int64_t>(i);
-      finish(task(head * segments), segments, q + head * group_ * d, keys + head * cache * d, values + head * cache * d,
-             total, s.budget - recent - sinks, s.budget, scale, out + head * group_ * d);
+      SparseTask all = task(head, 0);
+      for (int64_t h = 0; h < group_; ++h) {  // the peak of all segments
+        float top = all.peaks[h];
+        for (int64_t g = 1; g < segments; ++g) top = std::max(top, task(head, g).peaks[h]);
+        for (int64_t g = 0; g < segments; ++g) task(head, g).peaks[h] = top;
+      }
+      all.last_block = blocks;
+      path().select(all, selection.choice(head, stride));
     });
-  }
-
-  struct Found {
-    float weight;
-    int32_t position;
-  };
-
-  // Bring the `count` of greatest weight to the front. A histogram over the weights' leading bits finds the bucket in
-  // which they end, and only what lies in that one is compared.
-  static void lead(std::vector<Found>& found, int64_t count) {
-    if (count <= 0 || count >= static_cast<int64_t>(found.size())) return;
-    constexpr uint32_t kBuckets = 1024;  // weights are at most 1, whose leading 12 bits are 1016
-    const auto bucket = [](const Found& one) {
-      uint32_t bits;
-      std::memcpy(&bits, &one.weight, sizeof bits);
-      return std::min(bits >> 20, kBuckets - 1);
-    };
-    int64_t counts[kBuckets] = {};
-    for (const Found& one : found) ++counts[bucket(one)];
-    uint32_t last = kBuckets - 1;
-    for (int64_t above = counts[last]; above < count; above += counts[last]) --last;
-    const auto middle = std::partition(found.begin(), found.end(), [&](const Found& one) { return bucket(one) > last; });
-    const auto end = std::partition(middle, found.end(), [&](const Found& one) { return bucket(one) == last; });
-    std::nth_element(middle, found.begin() + count, end, [](const Found& a, const Found& b) {
-      return a.weight > b.weight || (a.weight == b.weight && a.position < b.position);
+    context.parallel(count, [&](size_t i) {
+      const auto [head, segment] = at(i);
+      const SparseTask t = task(head, segment);
+      path().weigh(t);
+      selection.follow(t, head);
+      selection.attend(t, head, segment == 0, segment == segments - 1, exact(head, segment));
     });
-  }
-
-  // The `wanted` candidates of greatest weight, then up to `more` that follow them, each in order of position; returns
-  // how many are of the first kind. Of equal ones the earlier are taken. A page's rank bounds its positions, so that only
-  // pages above the rank that as many pages reach are looked into.
-  static int64_t choose(const SparseTask& t, int64_t total, int64_t wanted, int64_t more, std::vector<float>& ranks,
-                        std::vector<Found>& found) {
-    found.clear();
-    const int64_t pages = (total + kPageTokens - 1) / kPageTokens, both = wanted + more;
-    if (both <= 0) return 0;
-    float least = 0.0f;
-    if (pages > both) {
-      ranks.assign(t.ranks, t.ranks + pages);
-      std::nth_element(ranks.begin(), ranks.begin() + (both - 1), ranks.end(), std::greater<float>());
-      least = ranks[static_cast<size_t>(both - 1)];
-    }
-    for (int64_t page = 0; page < pages; ++page) {
-      if (!(t.ranks[page] >= least)) continue;
-      const int64_t at = page / kLanes * kBlockTokens + page % kLanes;
-      const int64_t end = std::min(kPageTokens, total - page * kPageTokens);
-      for (int64_t j = 0; j < end; ++j) {
-        const float weight = t.greatest[at + j * kLanes];
-        const int64_t position = page * kPageTokens + j;
-        if (weight >= least && position >= t.sinks && position < t.recent) found.push_back({weight, static_cast<int32_t>(position)});
+    for (int64_t head = 0; head < kv_heads_; ++head) {
+      for (int64_t h = 0; h < group_; ++h) {
+        // The tail joins as one more part, whose maximum is the estimates' peak.
+        const SparseTask first = task(head, 0);
+        float top = read(first.peaks + h), weight = 0.0f, *to = out + (head * group_ + h) * d;
+        for (int64_t g = 0; g < segments; ++g) top = std::max(top, read(exact(head, g) + group_ * d + h));
+        std::fill(to, to + d, 0.0f);
+        for (int64_t g = 0; g < segments; ++g) {
+          const SparseTask t = task(head, g);
+          const float* near = exact(head, g);
+          const float a = std::exp(near[group_ * d + h] - top), b = std::exp(t.peaks[h] - top);
+          weight += a * near[group_ * (d + 1) + h] + b * t.sums[h];
+          for (int64_t c = 0; c < d; ++c) to[c] += a * near[h * d + c] + b * t.out[h * d + c];
+        }
+        for (int64_t c = 0; c < d; ++c) to[c] /= weight;
       }
     }
-    const auto earlier = [](const Found& a, const Found& b) { return a.position < b.position; };
-    if (static_cast<int64_t>(found.size()) > both) {
-      lead(found, both);
-      found.resize(static_cast<size_t>(both));
-    }
-    const int64_t first = std::min(wanted, static_cast<int64_t>(found.size()));
-    lead(found, first);
-    std::sort(found.begin(), found.begin() + first, earlier);
-    std::sort(found.begin() + first, found.end(), earlier);
-    return first;
   }
 
-  void finish(const SparseTask& t, int64_t segments, const float* q, const uint16_t* keys, const uint16_t* values,
-              int64_t total, int64_t wanted, int64_t budget, float scale, float* out) const {
-    thread_local std::vector<float> ranks;
-    thread_local std::vector<Found> found;
-    thread_local std::vector<int32_t> at;
-    const int64_t d = head_dim_;
-    const int64_t chosen = choose(t, total, wanted, followers_ * budget, ranks, found), count = t.sinks + chosen + total - t.recent;
-    DecodeTask exact{};
-    uint16_t* rows = scratch<uint16_t, Use::kGathered>(static_cast<size_t>(2 * count * d));
-    const size_t bytes = static_cast<size_t>(d) * sizeof(uint16_t);
-    for (const auto& [from, to] : {std::pair{keys, rows}, {values, rows + count * d}}) {
-      std::memcpy(to, from, static_cast<size_t>(t.sinks) * bytes);
-      for (int64_t i = 0; i < chosen; ++i) {
-        if (i + 8 < chosen) __builtin_prefetch(from + found[static_cast<size_t>(i + 8)].position * d);
-        std::memcpy(to + (t.sinks + i) * d, from + found[static_cast<size_t>(i)].position * d, bytes);
-      }
-      std::memcpy(to + (t.sinks + chosen) * d, from + t.recent * d, static_cast<size_t>(total - t.recent) * bytes);
+  // What one token attends to exactly, and what follows, in each key-value head.
+  class Selection {
+   public:
+    const int64_t sinks, recent;  // positions below and from here on are attended to in any case
+    const float scale;
+
+    Selection(const Attend& op, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache, int64_t total,
+              int64_t budget)
+        : sinks(std::min(op.sinks_, budget - std::min(op.recent_, budget))),
+          recent(total - std::min(op.recent_, budget)),
+          scale(1.0f / std::sqrt(static_cast<float>(op.head_dim_))),
+          op_(op), q_(q), keys_(keys), values_(values), cache_(cache), total_(total),
+          exact_(budget - (total - recent) - sinks),
+          following_((op.followers_ + kLanes - 1) / kLanes * kLanes) {
+      const int64_t row = exact_ + following_;
+      places_ = scratch<int32_t, Use::kPlaces>(static_cast<size_t>(op.kv_heads_ * row));
+      weights_ = scratch<float, Use::kTails>(static_cast<size_t>(op.kv_heads_ * op.group_ * following_));
+      found_ = scratch<int64_t, Use::kFound>(static_cast<size_t>(2 * op.kv_heads_));
     }
-    exact.q = q;
-    exact.keys = rows;
-    exact.values = rows + count * d;
-    exact.count = count;
-    exact.count_padded = (count + kLanes - 1) / kLanes * kLanes;
-    exact.heads = t.heads;
-    exact.head_dim = d;
-    exact.scale = scale;
-    float* work = scratch<float, Use::kChosen>(static_cast<size_t>(t.heads * (d + 2) + 4 * exact.count_padded));
-    exact.out = work;
-    exact.maxima = exact.out + t.heads * d;
-    exact.sums = exact.maxima + t.heads;
-    exact.scratch = exact.sums + t.heads;
-    path().decode(exact);
-    // The tail: the segments' sums less what was attended exactly; those that follow bring their own values.
-    const int64_t all = static_cast<int64_t>(found.size());
-    at.resize(static_cast<size_t>(2 * all));
-    int32_t *positions = at.data(), *pages = positions + all;
-    float* tails = scratch<float, Use::kTails>(static_cast<size_t>(t.heads * (d + 2 * all)));
-    float *plus = tails + t.heads * d, *minus = plus + t.heads * all;
-    for (int64_t i = 0; i < all; ++i) {
-      const int32_t p = found[static_cast<size_t>(i)].position;
-      positions[i] = p;
-      pages[i] = p / static_cast<int32_t>(kPageTokens);
-      const int64_t place = p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
+
+    SparseChoice choice(int64_t head, int64_t stride) const {
+      SparseChoice c{};
+      c.exact_count = exact_;
+      c.following_count = op_.followers_;
+      c.distance = scratch<float, Use::kDistances>(static_cast<size_t>(stride));
+      c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride));
+      c.exact = exact(head);
+      c.following = c.exact + exact_;
+      c.weights = weights_ + head * op_.group_ * following_;
+      c.weights_stride = following_;
+      c.exact_found = found_ + 2 * head;
+      c.following_found = c.exact_found + 1;
+      return c;
+    }
+
+    // Add what follows in the task's blocks, with its own values.
+    void follow(const SparseTask& t, int64_t head) const {
+      const int32_t* places = exact(head) + exact_;
+      const auto [from, to] = inside(t, places, found_[2 * head + 1]);
+      if (from == to) return;
+      int32_t* positions = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from));
+      for (int64_t i = from; i < to; ++i) positions[i - from] = position(places[i]);
+      const float* weights = weights_ + head * op_.group_ * following_;
       for (int64_t h = 0; h < t.heads; ++h) {
-        plus[h * all + i] = t.estimates[h * t.stride + place];
-        minus[h * all + i] = -plus[h * all + i];
+        for (int64_t i = from; i < to; ++i) t.sums[h] += weights[h * following_ + i];
       }
+      path().gather(values_ + head * cache_ * t.head_dim, positions, to - from, t.heads, weights + from, following_,
+                    t.head_dim, t.out);
     }
-    std::fill(tails, tails + t.heads * d, 0.0f);
-    for (int64_t g = 0; g < segments; ++g) {
-      for (int64_t i = 0; i < t.heads * d; ++i) tails[i] += t.out[g * t.heads * (d + 2) + i];
+
+    // Exact attention to what is chosen in the task's blocks, and to the sinks and the newest positions.
+    void attend(const SparseTask& t, int64_t head, bool first, bool last, float* out) const {
+      const int64_t d = t.head_dim;
+      const int32_t* places = exact(head);
+      const auto [from, to] = inside(t, places, found_[2 * head]);
+      const int64_t chosen = to - from, before = first ? sinks : 0, after = last ? total_ - recent : 0;
+      const int64_t count = before + chosen + after;
+      uint16_t* rows = scratch<uint16_t, Use::kGathered>(static_cast<size_t>(2 * count * d));
+      const size_t bytes = static_cast<size_t>(d) * sizeof(uint16_t);
+      const uint16_t *from_keys = keys_ + head * cache_ * d, *from_values = values_ + head * cache_ * d;
+      for (const auto& [source, row] : {std::pair{from_keys, rows}, {from_values, rows + count * d}}) {
+        std::memcpy(row, source, static_cast<size_t>(before) * bytes);
+        for (int64_t i = 0; i < chosen; ++i) {
+          if (i + 8 < chosen) __builtin_prefetch(source + position(places[from + i + 8]) * d);
+          std::memcpy(row + (before + i) * d, source + position(places[from + i]) * d, bytes);
+        }
+        std::memcpy(row + (before + chosen) * d, source + recent * d, static_cast<size_t>(after) * bytes);
+      }
+      DecodeTask task{};
+      task.q = q_ + head * t.heads * d;
+      task.keys = rows;
+      task.values = rows + count * d;
+      task.count = count;
+      task.count_padded = (count + kLanes - 1) / kLanes * kLanes;
+      task.heads = t.heads;
+      task.head_dim = d;
+      task.scale = scale;
+      task.out = out;
+      task.maxima = out + t.heads * d;
+      task.sums = task.maxima + t.heads;
+      task.scratch = scratch<float, Use::kChosen>(static_cast<size_t>(4 * task.count_padded));
+      path().decode(task);
     }
-    path().gather(t.means, pages, all, t.heads, minus, all, d, tails);
-    path().gather(values, positions + chosen, all - chosen, t.heads, plus + chosen, all, d, tails);
-    for (int64_t h = 0; h < t.heads; ++h) {
-      const float* tail = tails + h * d;
-      float weight = 0.0f;
-      for (int64_t g = 0; g < segments; ++g) weight += t.sums[g * t.heads * (d + 2) + h];
-      for (int64_t i = 0; i < chosen; ++i) weight += minus[h * all + i];
-      const float peak = t.peaks[h], top = std::max(exact.maxima[h], peak);
-      const float a = std::exp(exact.maxima[h] - top), b = std::exp(peak - top);
-      const float sum = a * exact.sums[h] + b * std::max(weight, 0.0f);
-      for (int64_t c = 0; c < d; ++c) out[h * d + c] = (a * exact.out[h * d + c] + b * tail[c]) / sum;
+
+   private:
+    static int32_t position(int32_t place) {
+      constexpr int32_t kPage = kPageTokens, kBlock = kBlockTokens;
+      return place / kBlock * kBlock + place % kLanes * kPage + place % kBlock / kLanes;
     }
-  }
+
+    // Which of ascending places lie in the task's blocks.
+    static std::pair<int64_t, int64_t> inside(const SparseTask& t, const int32_t* places, int64_t count) {
+      const auto below = [&](int64_t block) { return std::lower_bound(places, places + count, block * kBlockTokens) - places; };
+      return {below(t.first_block), below(t.last_block)};
+    }
+
+    int32_t* exact(int64_t head) const { return places_ + head * (exact_ + following_); }
+
+    const Attend& op_;
+    const float* q_;
+    const uint16_t *keys_, *values_;
+    int64_t cache_, total_, exact_, following_;
+    int32_t* places_;   // [kv_heads][exact and following]
+    float* weights_;    // [kv_heads][group][following]
+    int64_t* found_;    // [kv_heads][2]
+  };
 
   // Norm where there is one, then the rotation of halves.
   void rotate(const float* x, const float* c, const float* s, const float* norm, float* out) const {

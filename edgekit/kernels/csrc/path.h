@@ -109,7 +109,8 @@ constexpr int64_t kPageTokens = 16;    // positions that share a mean value
 constexpr int64_t kBlockTokens = 256;  // positions whose codes stand together
 
 // Hadamard sparse attention over the query heads of one key-value head, for the blocks first_block..last_block of the
-// cache. `estimate` fills estimates and peaks; `weigh`, when the peaks are those of all blocks, the rest.
+// cache. `estimate` fills estimates and peaks. When the peaks are those of all blocks, `select` takes out what is attended
+// otherwise, and `weigh` sums up the rest.
 struct SparseTask {
   const int8_t* q_codes;    // [heads][width]
   const float* factors;     // [heads]
@@ -124,13 +125,25 @@ struct SparseTask {
   int64_t sinks;            // positions below are no candidates
   int64_t recent;           // nor are those from here on
   int64_t stride;           // floats of a head's estimates
-  float* estimates;         // [heads][stride]; then weights
-  float* greatest;          // [stride]: of the heads' weights
-  float* ranks;             // [pages]
+  float* estimates;         // [heads][stride]
   float* pages;             // [heads][16], to work in
   float* peaks;             // [heads]
   float* sums;              // [heads]
   float* out;               // [heads][head_dim]
+};
+
+// What `select` is to choose, and where it leaves it. A place is where a position stands among the estimates.
+struct SparseChoice {
+  int64_t exact_count;
+  int64_t following_count;
+  float* distance;         // [stride], to work in
+  int32_t* places;         // [stride], to work in
+  int32_t* exact;          // [exact_count]
+  int32_t* following;      // [following_count]
+  float* weights;          // [heads][weights_stride], of those that follow; the stride is a multiple of 16
+  int64_t weights_stride;
+  int64_t* exact_found;
+  int64_t* following_found;
 };
 
 struct Path {
@@ -152,6 +165,7 @@ struct Path {
   void (*encode_query)(const float* q, const float* center, float step, float scale, int64_t head_dim, int64_t width,
                        float* spread, int8_t* codes, float* factor, float* constant);
   void (*estimate)(const SparseTask& task);
+  void (*select)(const SparseTask& task, const SparseChoice& choice);
   void (*weigh)(const SparseTask& task);
   // The mean of `count` rows; and out[h] += sum_i weights[h][i] * rows[at[i]], with `stride` weights a head.
   void (*mean)(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out);

@@ -12,6 +12,6 @@
 
 namespace edgekit {
 constexpr Path kPath{"portable", quantize, multiply, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, weigh, mean, gather, near_peak};
+                     encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
 extern const Path* const kPortable = &kPath;
 }  // namespace edgekit

@@ -115,6 +115,104 @@ inline Floats rough_exponential(Floats x) {
   return scale_by_power(fma(fma(all(0.2402265f), f, all(0.6931472f)), f, all(1.0f)), n);
 }
 
+constexpr float kFarthest = 1e29f;  // what is hidden lies farther
+
+// How many of `count` distances, a multiple of 16, are at most `limit`.
+int64_t within(const float* distance, int64_t count, float limit) {
+  const Floats most = all(limit);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kLanes) found += __builtin_popcount(at_most(load(distance + i), most));
+  return found;
+}
+
+// A limit within which at least `least` of the distances lie, or the farthest; and no more than `most` unless equal ones
+// forbid it. Positive floats are in the order of their bits, which are halved until few enough lie within.
+float enough(const float* distance, int64_t count, int64_t least, int64_t most) {
+  const auto bits = [](float x) {
+    int32_t i;
+    std::memcpy(&i, &x, sizeof i);
+    return i;
+  };
+  int32_t below = -1, limit = bits(kFarthest);
+  float value = kFarthest;
+  for (const float guess : {0.5f, 4.0f, 32.0f}) {  // most often it lies between 4 and 32
+    if (within(distance, count, guess) >= least) {
+      value = guess;
+      limit = bits(guess);
+      break;
+    }
+    below = bits(guess);
+  }
+  while (limit - below > 1) {
+    const int32_t middle = below + (limit - below) / 2;
+    float guess;
+    std::memcpy(&guess, &middle, sizeof guess);
+    const int64_t found = within(distance, count, guess);
+    if (found < least) {
+      below = middle;
+      continue;
+    }
+    limit = middle;
+    value = guess;
+    if (found <= most) break;
+  }
+  return value;
+}
+
+// Choose what is attended exactly, the `exact_count` candidates nearest to the peak of any head, and the `following_count`
+// that come next: their places in ascending order. Of equally near ones the first places are taken. Their estimates are
+// hidden; the weights of those that follow are kept.
+void select(const SparseTask& t, const SparseChoice& c) {
+  const int64_t count = t.last_block * kBlockTokens, both = c.exact_count + c.following_count;
+  *c.exact_found = *c.following_found = 0;
+  if (both == 0) return;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats least = sub(all(t.peaks[0]), load(t.estimates + i));
+    for (int64_t h = 1; h < t.heads; ++h) least = min(sub(all(t.peaks[h]), load(t.estimates + h * t.stride + i)), least);
+    store(c.distance + i, least);
+  }
+  // First about twice as many as are wanted, in one place; then exactly.
+  const float limit = enough(c.distance, count, both, 2 * both);
+  int64_t near = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    unsigned lanes = at_most(load(c.distance + i), all(limit));
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int64_t at = i + __builtin_ctz(lanes);
+      c.places[near] = static_cast<int32_t>(at);
+      c.distance[near++] = c.distance[at];
+    }
+  }
+  int64_t padded = near;
+  for (; padded % kLanes != 0; ++padded) c.distance[padded] = -kHidden;
+  const float last = enough(c.distance, padded, both, both);
+  const float first = c.exact_count > 0 ? enough(c.distance, padded, c.exact_count, c.exact_count) : -1.0f;
+  int64_t equal_first = c.exact_count, equal_last = both;  // how many of those at the limits are taken
+  for (int64_t i = 0; i < near; ++i) {
+    equal_first -= c.distance[i] < first;
+    equal_last -= c.distance[i] < last;
+  }
+  int64_t exact = 0, following = 0;
+  for (int64_t i = 0; i < near; ++i) {
+    const float distance = c.distance[i];
+    if (distance > last || (distance == last && equal_last-- <= 0)) continue;
+    const bool chosen = distance < first || (distance == first && equal_first-- > 0);
+    (chosen ? c.exact[exact++] : c.following[following++]) = c.places[i];
+  }
+  for (int64_t h = 0; h < t.heads; ++h) {
+    float *row = t.estimates + h * t.stride, *weights = c.weights + h * c.weights_stride;
+    for (int64_t i = 0; i < exact; ++i) row[c.exact[i]] = kHidden;
+    for (int64_t i = 0; i < following; ++i) {
+      weights[i] = row[c.following[i]];
+      row[c.following[i]] = kHidden;
+    }
+    for (int64_t i = 0; i < following; i += kLanes) {
+      store(weights + i, rough_exponential(sub(load(weights + i), all(t.peaks[h]))));
+    }
+  }
+  *c.exact_found = exact;
+  *c.following_found = following;
+}
+
 // The heads' tails: means of a block's pages times their weights.
 template <int Heads>
 void add_means(const SparseTask& t, int64_t head, const uint16_t* means) {
@@ -129,36 +227,23 @@ void add_means(const SparseTask& t, int64_t head, const uint16_t* means) {
   }
 }
 
-// Estimates become weights e^(estimate - peak) in place; a page's rank is the largest weight of its positions and heads.
-// Leaves the blocks' sums of weights, and of weights times the pages' mean values.
+// The blocks' sums of weights e^(estimate - peak), and of weights times the pages' mean values.
 void weigh(const SparseTask& t) {
   const int64_t d = t.head_dim;
   std::memset(t.out, 0, sizeof(float) * t.heads * d);
   for (int64_t h = 0; h < t.heads; ++h) t.sums[h] = 0.0f;
   for (int64_t b = t.first_block; b < t.last_block; ++b) {
-    Floats rank = zeros();
     for (int64_t h = 0; h < t.heads; ++h) {
-      float* row = t.estimates + h * t.stride + b * kBlockTokens;
+      const float* row = t.estimates + h * t.stride + b * kBlockTokens;
       const Floats peak = all(t.peaks[h]);
-      Floats total[2] = {zeros(), zeros()}, high[2] = {zeros(), zeros()};
+      Floats even = zeros(), odd = zeros();
       for (int64_t j = 0; j < kPageTokens; j += 2) {
-        for (int64_t k = 0; k < 2; ++k) {
-          const Floats weight = rough_exponential(sub(load(row + (j + k) * kLanes), peak));
-          high[k] = max(weight, high[k]);
-          store(row + (j + k) * kLanes, weight);
-          total[k] = add(total[k], weight);
-        }
+        even = add(even, rough_exponential(sub(load(row + j * kLanes), peak)));
+        odd = add(odd, rough_exponential(sub(load(row + (j + 1) * kLanes), peak)));
       }
-      rank = max(rank, max(high[0], high[1]));
-      const Floats pages = add(total[0], total[1]);
+      const Floats pages = add(even, odd);
       t.sums[h] += sum(pages);
       store(t.pages + h * kLanes, pages);
-    }
-    store(t.ranks + b * kLanes, rank);
-    for (int64_t i = b * kBlockTokens; i < (b + 1) * kBlockTokens; i += kLanes) {
-      Floats most = load(t.estimates + i);
-      for (int64_t h = 1; h < t.heads; ++h) most = max(load(t.estimates + h * t.stride + i), most);
-      store(t.greatest + i, most);
     }
     const uint16_t* means = t.means + b * kLanes * d;
     int64_t h = 0;

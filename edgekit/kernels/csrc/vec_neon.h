@@ -84,6 +84,14 @@ inline float sum(Floats a) {
 inline float largest(Floats a) {
   return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.v[0], a.v[1]), vmaxnmq_f32(a.v[2], a.v[3])));
 }
+// The lanes in which a is at most b, as bits; none where one is not a number.
+inline unsigned at_most(Floats a, Floats b) {
+  constexpr uint32_t kBits[4] = {1, 2, 4, 8};
+  const uint32x4_t bits = vld1q_u32(kBits);
+  unsigned lanes = 0;
+  for (int i = 0; i < 4; ++i) lanes |= vaddvq_u32(vandq_u32(vcleq_f32(a.v[i], b.v[i]), bits)) << (4 * i);
+  return lanes;
+}
 // x * 2^n for whole n from -126 to 127
 inline Floats scale_by_power(Floats x, Floats n) {
   for (int i = 0; i < 4; ++i) {

@@ -123,6 +123,13 @@ inline float largest(Floats a) {
   return top;
 }
 
+// The lanes in which a is at most b, as bits; none where one is not a number.
+inline unsigned at_most(Floats a, Floats b) {
+  unsigned lanes = 0;
+  for (int i = 0; i < 16; ++i) lanes |= static_cast<unsigned>(a.v[i / 4][i % 4] <= b.v[i / 4][i % 4]) << i;
+  return lanes;
+}
+
 inline Ints all(int32_t x) {
   const Int4 four = {x, x, x, x};
   return {{four, four, four, four}};

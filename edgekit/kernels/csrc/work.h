@@ -11,7 +11,10 @@ namespace edgekit {
 inline int g_decode_threads = 1, g_prefill_threads = 1;
 
 // What scratch memory is for; pieces for different uses may be held at the same time.
-enum class Use { kCodes, kScales, kSums, kQueries, kPartials, kScores, kRanks, kGathered, kChosen, kTails };
+enum class Use {
+  kCodes, kScales, kSums, kQueries, kPartials, kScores, kDistances, kNear, kPlaces, kFound, kTails, kPositions, kGathered,
+  kChosen
+};
 
 // Memory of one thread that grows and stays, so that no step allocates.
 template <class T, Use>
