@@ -12,53 +12,91 @@ constexpr int kKeyBlock = 64;
 constexpr int kHeadsAtOnce = 4;
 constexpr float kHidden = -1e30f;
 
+// The scores of one key stand together, for a number of heads that divides the lanes.
 template <int Heads>
-void decode_scores(const DecodeTask& t, int64_t first_head, float* scores) {
-  for (int64_t j = 0; j < t.count; ++j) {
-    const uint16_t* key = t.keys + j * t.head_dim;
-    Floats acc[Heads];
-    for (int h = 0; h < Heads; ++h) acc[h] = zeros();
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) {
-      const Floats k = load_half(key + d);
-      for (int h = 0; h < Heads; ++h) acc[h] = fma(load(t.q + (first_head + h) * t.head_dim + d), k, acc[h]);
+constexpr int kTogether = Heads == 3 ? 4 : Heads;
+
+// Scores before they are scaled. Runs: head_dim / 16, or 0 where it is not known here.
+template <int Heads, int Runs>
+void decode_scores(const DecodeTask& t, const float* q, float* scores) {
+  const int64_t d = t.head_dim, runs = Runs > 0 ? Runs : d / kLanes, count = t.count;
+  const uint16_t* key = t.keys;
+  Floats queries[Heads][Runs > 0 ? Runs : 1];
+  for (int h = 0; h < Heads; ++h) {
+    for (int r = 0; r < Runs; ++r) queries[h][r] = load(q + h * d + r * kLanes);
+  }
+  for (int64_t j = 0; j < count; ++j, key += d) {
+    Floats acc[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (int64_t r = 0; r < runs; ++r) {
+      const Floats k = load_half(key + r * kLanes);
+      for (int h = 0; h < Heads; ++h) acc[h] = fma(Runs > 0 ? queries[h][r] : load(q + h * d + r * kLanes), k, acc[h]);
     }
-    for (int h = 0; h < Heads; ++h) scores[h * t.count_padded + j] = sum(acc[h]) * t.scale;
+    if (Heads == 1) {
+      scores[j] = sum(acc[0]);
+    } else {
+      store_sums(scores + j * kTogether<Heads>, acc);
+    }
   }
 }
 
-template <int Heads>
-void decode_values(const DecodeTask& t, int64_t first_head, const float* weights) {
-  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
-    Floats acc[Heads];
-    for (int h = 0; h < Heads; ++h) acc[h] = zeros();
-    for (int64_t j = 0; j < t.count; ++j) {
-      const Floats v = load_half(t.values + j * t.head_dim + d);
-      for (int h = 0; h < Heads; ++h) acc[h] = fma(all(weights[h * t.count_padded + j]), v, acc[h]);
+template <int Heads, int Runs>
+void decode_values(const DecodeTask& t, int64_t first_channel, const float* weights, float* out) {
+  Floats acc[Heads][Runs];
+  for (int h = 0; h < Heads; ++h) {
+    for (int r = 0; r < Runs; ++r) acc[h][r] = zeros();
+  }
+  const int64_t d = t.head_dim, count = t.count;
+  const uint16_t* value = t.values + first_channel;
+  for (int64_t j = 0; j < count; ++j, value += d) {
+    Floats weight[Heads];
+    for (int h = 0; h < Heads; ++h) weight[h] = all(weights[j * kTogether<Heads> + h]);
+    for (int r = 0; r < Runs; ++r) {
+      const Floats v = load_half(value + r * kLanes);
+      for (int h = 0; h < Heads; ++h) acc[h][r] = fma(weight[h], v, acc[h][r]);
     }
-    for (int h = 0; h < Heads; ++h) store(t.out + (first_head + h) * t.head_dim + d, acc[h]);
+  }
+  for (int h = 0; h < Heads; ++h) {
+    for (int r = 0; r < Runs; ++r) store(out + h * d + first_channel + r * kLanes, acc[h][r]);
   }
 }
 
 template <int Heads>
 void decode_heads(const DecodeTask& t, int64_t first_head) {
+  constexpr int kWidth = kTogether<Heads>;
+  const int64_t d = t.head_dim, size = t.count_padded * kWidth;
+  const float* q = t.q + first_head * d;
   float* scores = t.scratch;
-  decode_scores<Heads>(t, first_head, scores);
-  for (int h = 0; h < Heads; ++h) {
-    float* row = scores + h * t.count_padded;
-    for (int64_t j = t.count; j < t.count_padded; ++j) row[j] = kHidden;
-    Floats top = all(kHidden);
-    for (int64_t j = 0; j < t.count_padded; j += kLanes) top = max(top, load(row + j));
-    const float maximum = largest(top);
-    Floats total = zeros();
-    for (int64_t j = 0; j < t.count_padded; j += kLanes) {
-      const Floats weight = exponential(sub(load(row + j), all(maximum)));
-      store(row + j, weight);
-      total = add(total, weight);
-    }
-    t.maxima[first_head + h] = maximum;
-    t.sums[first_head + h] = sum(total);
+  if (d == 4 * kLanes) {
+    decode_scores<Heads, 4>(t, q, scores);
+  } else {
+    decode_scores<Heads, 0>(t, q, scores);
   }
-  decode_values<Heads>(t, first_head, scores);
+  for (int64_t i = t.count * kWidth; i < size; ++i) scores[i] = kHidden;
+  Floats high = all(kHidden), total = zeros();
+  for (int64_t i = 0; i < size; i += kLanes) high = max(high, load(scores + i));
+  float lanes[kLanes], maxima[kWidth];
+  store(lanes, high);
+  for (int h = 0; h < kWidth; ++h) maxima[h] = lanes[h];
+  for (int i = kWidth; i < kLanes; ++i) maxima[i % kWidth] = lanes[i] > maxima[i % kWidth] ? lanes[i] : maxima[i % kWidth];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = maxima[i % kWidth];
+  const Floats top = load(lanes), scale = all(t.scale);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Floats weight = exponential(mul(sub(load(scores + i), top), scale));
+    store(scores + i, weight);
+    total = add(total, weight);
+  }
+  store(lanes, total);
+  for (int h = 0; h < Heads; ++h) {
+    float sum = 0.0f;
+    for (int i = h; i < kLanes; i += kWidth) sum += lanes[i];
+    t.maxima[first_head + h] = maxima[h] * t.scale;
+    t.sums[first_head + h] = sum;
+  }
+  constexpr int kRuns = kAtOnce >= 8 ? 4 : 1;  // as many as the registers hold
+  float* out = t.out + first_head * d;
+  int64_t c = 0;
+  for (; c + kRuns * kLanes <= d; c += kRuns * kLanes) decode_values<Heads, kRuns>(t, c, scores, out);
+  for (; c < d; c += kLanes) decode_values<Heads, 1>(t, c, scores, out);
 }
 
 void decode(const DecodeTask& t) {

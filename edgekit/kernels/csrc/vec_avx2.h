@@ -66,6 +66,17 @@ inline float largest(Floats a) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline __m256 sums_of_fours(__m256 x0, __m256 x1, __m256 x2, __m256 x3) {
+  const __m256d a = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(x0, x1), _mm256_unpackhi_ps(x0, x1)));
+  const __m256d b = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(x2, x3), _mm256_unpackhi_ps(x2, x3)));
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+}
+// The sums of four, in the same order on every path.
+inline void store_sums(float* p, const Floats (&x)[4]) {
+  const __m256 two = _mm256_add_ps(sums_of_fours(x[0].lo, x[1].lo, x[2].lo, x[3].lo),
+                                   sums_of_fours(x[0].hi, x[1].hi, x[2].hi, x[3].hi));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+}
 // The lanes in which a is at most b, as bits; none where one is not a number.
 inline unsigned at_most(Floats a, Floats b) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LE_OQ));

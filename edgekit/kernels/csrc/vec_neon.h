@@ -84,6 +84,17 @@ inline float sum(Floats a) {
 inline float largest(Floats a) {
   return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.v[0], a.v[1]), vmaxnmq_f32(a.v[2], a.v[3])));
 }
+// The sums of four, in the same order on every path.
+inline void store_sums(float* p, const Floats (&x)[4]) {
+  float32x4_t fours[4];
+  for (int i = 0; i < 4; ++i) {
+    const float32x4_t a = vaddq_f32(vzip1q_f32(x[0].v[i], x[1].v[i]), vzip2q_f32(x[0].v[i], x[1].v[i]));
+    const float32x4_t b = vaddq_f32(vzip1q_f32(x[2].v[i], x[3].v[i]), vzip2q_f32(x[2].v[i], x[3].v[i]));
+    const float64x2_t c = vreinterpretq_f64_f32(a), d = vreinterpretq_f64_f32(b);
+    fours[i] = vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(c, d)), vreinterpretq_f32_f64(vzip2q_f64(c, d)));
+  }
+  vst1q_f32(p, vaddq_f32(vaddq_f32(fours[0], fours[2]), vaddq_f32(fours[1], fours[3])));
+}
 // The lanes in which a is at most b, as bits; none where one is not a number.
 inline unsigned at_most(Floats a, Floats b) {
   constexpr uint32_t kBits[4] = {1, 2, 4, 8};

@@ -123,6 +123,14 @@ inline float largest(Floats a) {
   return top;
 }
 
+// The sums of four, in the same order on every path.
+inline void store_sums(float* p, const Floats (&x)[4]) {
+  for (int k = 0; k < 4; ++k) {
+    float fours[4];
+    for (int i = 0; i < 4; ++i) fours[i] = (x[k].v[i][0] + x[k].v[i][2]) + (x[k].v[i][1] + x[k].v[i][3]);
+    p[k] = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  }
+}
 // The lanes in which a is at most b, as bits; none where one is not a number.
 inline unsigned at_most(Floats a, Floats b) {
   unsigned lanes = 0;
