@@ -1,13 +1,15 @@
-"""`edgekit profile`: speed, memory and energy of a bundle, or of any ONNX model, on this machine."""
+"""`edgekit profile`: speed, memory and energy of a bundle on this machine or others, or of any ONNX model."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekit.cli.terminal import json_option, output, progress
+from edgekit.cli.terminal import json_option, output, progress, stages
 from edgekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ FORMATS = (".json", ".csv", ".md", ".html")
 
 @click.command(short_help="Measure a bundle's speed, memory and energy on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--on", "hosts", multiple=True, metavar="HOST",
+              help="Measure there: ssh://[USER@]HOST[:PORT] or adb://SERIAL. May be given several times.")  # fmt: skip
 @click.option("-o", "--output", "saved", type=click.Path(path_type=Path), multiple=True,
               help="Save the report; .json (for compare), .csv, .md or .html. May be given several times.")  # fmt: skip
 @click.option("--trace", type=click.Path(path_type=Path), help="Save the operators' times for Perfetto.")
@@ -41,11 +45,14 @@ FORMATS = (".json", ".csv", ".md", ".html")
 @click.option("--price", type=float, help="Price of a kWh, to tell cost.")
 @click.option("--dim", "dims", multiple=True, help="Size of a named dimension of an ONNX model, as height=320.")
 @json_option
-def profile(bundle: Path, saved: tuple[Path, ...], trace: Path | None, as_json: bool, **given: Any) -> None:
+def profile(
+    bundle: Path, hosts: tuple[str, ...], saved: tuple[Path, ...], trace: Path | None, as_json: bool, **given: Any
+) -> None:
     """Measure BUNDLE, or an ONNX file with made-up inputs: rates, time to first token, memory, energy, what bounds it.
 
     \b
     edgekit profile small.x86 -o before.json -o before.html
+    edgekit profile small.arm --on ssh://pi@raspberrypi
     """
     from edgekit.report import print_report
 
@@ -53,6 +60,9 @@ def profile(bundle: Path, saved: tuple[Path, ...], trace: Path | None, as_json: 
         if path.suffix not in FORMATS:
             raise UserError(f"-o must end in {', '.join(FORMATS)}: got {path}")
     options = make_options(given)
+    if hosts:
+        _profile_there(hosts, bundle, options, saved=saved, trace=trace, as_json=as_json)
+        return
     with progress("measuring", quiet=as_json) as advance:
         if bundle.suffix == ".onnx" and not bundle.is_dir():
             from edgekit.profile.any_model import profile_model
@@ -77,6 +87,63 @@ def profile(bundle: Path, saved: tuple[Path, ...], trace: Path | None, as_json: 
         if not events:
             raise UserError("--trace needs the times of operators: leave out --no-operators")
         _write(trace, events)
+
+
+def _profile_there(
+    hosts: tuple[str, ...],
+    bundle: Path,
+    options: Options,
+    *,
+    saved: tuple[Path, ...],
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure on other machines; the errors of some come last, when the reports of the others are safe."""
+    from edgekit.profile.remote import profile_on
+    from edgekit.report import print_report
+
+    if trace or options.power.startswith("csv:"):
+        raise UserError("--trace and --power csv: are for this machine, not for --on")
+    doing: dict[str, str] = {}
+    with stages("connecting", quiet=as_json) as show:
+
+        def tell(host: str, stage: str) -> None:
+            doing[host] = stage
+            show("   ".join(f"{name}: {what}" for name, what in doing.items()))
+
+        outcomes = profile_on(hosts, bundle, options, tell=tell)
+    reports = {outcome.host: outcome.report for outcome in outcomes if outcome.report}
+    if as_json:
+        click.echo(json.dumps({host: json.loads(report.to_json()) for host, report in reports.items()}, indent=1))
+    else:
+        for host, report in reports.items():
+            click.echo(f"{host}\n")
+            print_report(report, output())
+        if len(reports) > 1:
+            _print_side_by_side(reports)
+    for host, report in reports.items():
+        for path in saved:
+            name = re.sub(r"\W+", "-", host.partition("://")[2])
+            save(report, path if len(hosts) == 1 else path.with_name(f"{path.stem}.{name}{path.suffix}"))
+    failed = [outcome.error for outcome in outcomes if outcome.error]
+    for problem in failed[:-1]:
+        click.echo(f"error: {problem}", err=True)
+    if failed:
+        raise failed[-1]
+
+
+def _print_side_by_side(reports: dict[str, Report]) -> None:
+    from rich.table import Table
+
+    from edgekit.report import number
+
+    table = Table("measurement", "unit", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for host in reports:
+        table.add_column(host, justify="right")
+    units = {row.name: row.unit for report in reports.values() for row in report.measurements}
+    for name, unit in units.items():
+        table.add_row(name, unit, *(number(report.value(name)) for report in reports.values()))
+    output().print(table)
 
 
 def make_options(given: dict[str, Any]) -> Options:
