@@ -9,7 +9,9 @@ Perplexity as everywhere: 24 windows of 1024 tokens, second halves; accuracy by 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
+from edgekit.errors import ModelError
 from edgekit.heal.data import Corpus, Encoder, pack, split
 from edgekit.heal.decoder import HEAD, NORM, NORMS, TABLE, Decoder, frozen, rms_norm, rotate
 from edgekit.heal.fake_quant import FakeQuant, Levels
@@ -33,6 +36,7 @@ FILES = ("textbooks", "ebooks", "novels", "chat_train")
 TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
 BOOKS = ("moby-dick", "war-and-peace", "middlemarch", "the-count-of-monte-cristo")
 WINDOW, WINDOWS = 1024, 24
+DREAMS = 3072  # windows that the source writes at a time: 72 GB of keys and values
 FIFTH = (12, 13, 14, 17, 25, 26)  # least change of direction (facts of the first probe)
 
 
@@ -47,21 +51,26 @@ class Run:
     start: str = ""
     table_trained: bool = False  # or only its scales
     more: int = 0  # layers to leave out beside, chosen as `Bench.drops` does
-    keep: str = "codes"  # what goes to OUT: codes, or nothing
+    keep: bool = True  # whether its codes go to OUT
     seconds: float = 240
     rate: float = 1e-3
     batch: int = 32
 
 
-THREE, TABLE4, TABLE3 = Levels(3, 32, "zero"), Levels(4, 32, "none"), Levels(3, 64, "zero")
+THREE, WIDE = Levels(3, 32, "zero"), Levels(3, 64, "zero")
+TABLE4, TABLE3 = Levels(4, 64, "zero"), Levels(3, 64, "zero")
 RUNS = {
     run.name: run
     for run in (
-        Run("int3", levels=THREE, table=TABLE4, rate=6e-4),
-        Run("int2", levels=Levels(2, 32, "minimum"), table=TABLE4),
-        Run("fifth", drop=FIFTH, table_trained=True, keep="nothing"),
-        Run("fifth-int3", drop=FIFTH, levels=THREE, table=TABLE4),
-        Run("tiny", drop=FIFTH, more=2, levels=Levels(3, 64, "zero"), table=TABLE3),
+        Run("int3", levels=THREE, rate=8e-4),
+        Run("int2", levels=Levels(2, 32, "minimum"), rate=1.5e-3, keep=False),
+        Run("fifth", drop=FIFTH, table_trained=True, keep=False),
+        Run("fifth-int3", drop=FIFTH, levels=THREE, keep=False),
+        Run("60MB", levels=WIDE, table=TABLE4, start="int3", table_trained=True, seconds=60, rate=5e-4),
+        Run(
+            "53MB", drop=FIFTH, levels=WIDE, table=TABLE4, start="fifth-int3", table_trained=True, seconds=80, rate=6e-4
+        ),
+        Run("45MB", drop=FIFTH, more=2, levels=WIDE, table=TABLE3, start="fifth-int3", table_trained=True, seconds=120),
     )
 }
 
@@ -84,11 +93,50 @@ def main() -> None:
         return
     bench = Bench(source, options)
     for name in options.runs:
-        if name == "optimizers":
-            bench.compare_optimizers()
+        if name in ("optimizers", "graph"):
+            bench.compare_optimizers() if name == "optimizers" else bench.try_graph()
             continue
         run = RUNS[name]
         bench.train(replace(run, seconds=options.seconds or run.seconds))
+
+
+class GraphTrainer(Trainer):
+    """A trainer that replays forward and backward pass as one CUDA graph: 210 small roundings a step otherwise keep the
+    CPU busier than the GPU. Every token is scored; the batch is taken at once."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def _train(self, rows: Any, rate: float) -> float:
+        ids = torch.from_numpy(self.data.train.ids[rows].astype(np.int64))
+        if self.graph is None:
+            self.capture(ids)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        mean, norm = float(self.loss), self.optimizers.clip(self.training.optimization.clip)
+        if not math.isfinite(mean + norm):
+            self._restore_best()
+            raise ModelError(f"the loss must be finite: step {self.step + 1} gave {mean:.4g} and a norm of {norm:.4g}")
+        self.optimizers.step(rate)
+        return mean
+
+    def capture(self, ids: torch.Tensor) -> None:
+        self.ids = ids.to(self.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.forward_backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizers.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.forward_backward()
+
+    def forward_backward(self) -> torch.Tensor:
+        self.optimizers.zero_grad()
+        loss: torch.Tensor = self.task(self.ids, None) / (self.ids.shape[0] * (WINDOW - 1))
+        loss.backward()
+        return loss.detach()
 
 
 class Bench:
@@ -118,8 +166,9 @@ class Bench:
             began = time.perf_counter()
             rows = np.random.default_rng(1).permutation(len(texts))[: count // 2]
             starts = [np.zeros((count - len(rows), 1), np.int64), texts[rows, 200:216].astype(np.int64)]
-            found = [dream(self.teacher, torch.from_numpy(start).to(self.device), WINDOW, seed=i)
-                     for i, start in enumerate(starts)]  # fmt: skip
+            parts = [start[at : at + DREAMS] for start in starts for at in range(0, len(start), DREAMS)]
+            found = [dream(self.teacher, torch.from_numpy(part).to(self.device), WINDOW, seed=i)
+                     for i, part in enumerate(parts)]  # fmt: skip
             self.store.mkdir(parents=True, exist_ok=True)
             np.save(path, np.concatenate(found))
             print(f"{count} windows written in {time.perf_counter() - began:.0f} s", flush=True)
@@ -207,13 +256,32 @@ class Bench:
         if self.store:
             self.store.mkdir(parents=True, exist_ok=True)
             safetensors.numpy.save_file(latent_tensors(student), self.store / f"{run.name}.safetensors")
-        if run.keep == "codes":
+        if run.keep:
             save_codes(student, self.out, run.name, self.drops(run))
 
-    def trainer(self, student: Decoder, training: Training) -> Trainer:
-        return Trainer(
-            student, self.teacher, self.data, training, device=self.device, compiled=self.device.type == "cuda"
-        )
+    def trainer(self, student: Decoder, training: Training, *, graph: bool | None = None) -> Trainer:
+        graph = (self.store / "graph.json").exists() if graph is None else graph
+        kind = GraphTrainer if graph else Trainer
+        gc.collect()  # an earlier trainer's graph holds its memory
+        return kind(student, self.teacher, self.data, training, device=self.device, compiled=self.device.type == "cuda")
+
+    def try_graph(self) -> None:
+        """The same steps with and without a CUDA graph; later runs use one if it is faster and the losses agree."""
+        run, steps, pace, losses = RUNS["int3"], 16, [], []
+        for graph in (False, True):
+            trainer, seen = self.trainer(self.student(run), self.training(run, steps, every=1000), graph=graph), []
+
+            def clock(progress: Progress, seen: list[float] = seen) -> None:
+                seen.append(time.perf_counter())
+
+            trainer.run(on_step=clock)
+            pace.append(run.batch * WINDOW * 8 / (seen[-2] - seen[-10]))
+            losses.append([loss for _, loss, _ in trainer.history])
+        apart = float(np.max(np.abs(np.subtract(*losses)) / losses[0]))
+        self.note(name="graph", tokens_per_s=pace, apart=apart)
+        if apart < 0.02 and pace[1] > pace[0]:
+            self.store.mkdir(parents=True, exist_ok=True)
+            (self.store / "graph.json").write_text(json.dumps(pace))
 
     def pace(self, student: Decoder, run: Run) -> float:
         """Tokens a second, the first step left out; the student is as before."""
@@ -229,10 +297,10 @@ class Bench:
         return float(run.batch * WINDOW * 5 / (seen[-2] - seen[-7]))
 
     def compare_optimizers(self) -> None:
-        """Equal steps and tokens for each optimiser and learning rate, on 3 bits and on a fifth of the layers dropped;
-        then multipliers beside the best of each."""
+        """Equal steps and tokens for each optimiser and learning rate, at 3 bits; then multipliers beside the best
+        of each."""
         steps, batch = 60, 16
-        for state, run in (("int3", RUNS["int3"]), ("fifth", RUNS["fifth"])):
+        for state, run in (("int3", RUNS["int3"]),):
             student = self.student(run)
             initial = {name: value.detach().clone() for name, value in student.state_dict().items()}
             for optimizer in ("adamw", "muon", "mano", "mano-v2"):
@@ -334,9 +402,13 @@ def dream(model: Decoder, ids: torch.Tensor, length: int, *, seed: int) -> Any:
             past_k[:, :, at:end] = rotate(k, cos[at:end], sin[at:end])
             past_v[:, :, at:end] = v
             q = rotate(q, cos[at:end], sin[at:end]).to(dtype)
-            mixed = F.scaled_dot_product_attention(
-                q, past_k[:, :, :end], past_v[:, :, :end], is_causal=at == 0 and end > 1, enable_gqa=True
-            )
+            if end - at == 1:  # the queries of one key head as rows of one product: its keys are read once
+                rows = q.view(count, past_k.shape[1], -1, width)
+                mixed = F.scaled_dot_product_attention(rows, past_k[:, :, :end], past_v[:, :, :end]).view(q.shape)
+            else:
+                mixed = F.scaled_dot_product_attention(
+                    q, past_k[:, :, :end], past_v[:, :, :end], is_causal=True, enable_gqa=True
+                )
             state = state + F.linear(mixed.transpose(1, 2).reshape(count, end - at, -1), w["o"])
             x = rms_norm(state, gains["before_mlp"], model.config.norm_eps).to(dtype)
             state = state + F.linear(F.silu(F.linear(x, w["gate"])) * F.linear(x, w["up"]), w["down"])

@@ -21,7 +21,7 @@ from edgekit.checkpoint import Block, Checkpoint, Entry
 from edgekit.errors import ModelError, UserError
 from edgekit.model.calibration import LayerInputs, Room, Stream, Windows, token_windows
 from edgekit.recipe import Recipe
-from edgekit.step import CalibrationRecord, Changes, Inputs, InputStatistics, Step, StepContext
+from edgekit.step import CalibrationRecord, Changes, Inputs, InputStatistics, Remover, Step, StepContext
 
 TABLE = "model.embed_tokens"
 PREVIEW = 4  # windows from which a tied table's readers are known before any block is compressed
@@ -29,8 +29,9 @@ PREVIEW = 4  # windows from which a tied table's readers are known before any bl
 
 @dataclass
 class Walk:
-    """The calibration of one run. `context` is what steps get beside the inputs."""
+    """The calibration of one run. `context` is what steps get beside the inputs; `source` is nobody's yet."""
 
+    source: Checkpoint
     prepared: Checkpoint
     steps: tuple[Step, ...]
     context: StepContext
@@ -47,6 +48,11 @@ class Walk:
     @property
     def record(self) -> CalibrationRecord:
         return self.windows.record
+
+    def follow(self, prepared: Checkpoint, steps: tuple[Step, ...], context: StepContext) -> None:
+        """Go by the plans that steps have made since, before the first block."""
+        self.prepared, self.steps, self.context = prepared, steps, context
+        self.__post_init__()
 
     def apply(self, index: int, block: Block) -> tuple[Block, Changes]:
         """Take a block through one step. Whoever takes it through the last one then calls `leave`."""
@@ -97,9 +103,23 @@ class Walk:
         return self._layer
 
     def _meet_original(self, block: Block) -> None:
-        self._original = block
+        """Stand before the layer of the original that `block` is to be like; run those that are gone."""
+        step = next(step for step in self.steps if step.needs == "originals")
         if block.name.startswith("layers."):
+            *gone, last = step.stands_for(block.name) if isinstance(step, Remover) else (block.name,)
+            for name in gone:
+                self._beside.advance(self._beside.inputs(), self._before(step, name))
+            block = self._before(step, last) if isinstance(step, Remover) else block
             self._layer_beside = self._beside.inputs()
+        self._original = block
+
+    def _before(self, step: Step, name: str) -> Block:
+        """A block of the model before `step`, and what it does to the model's layers."""
+        index = self.steps.index(step)
+        checkpoint = self.source
+        for earlier in self.steps[:index]:
+            checkpoint = earlier.prepare(checkpoint)
+        return _with_weights_alone(checkpoint.read_block(name), self.steps[:index], self.context)
 
     def preview(self, index: int) -> InputStatistics:
         """What the head reads in the model before step `index`, from a few windows."""
@@ -139,14 +159,24 @@ def _go_on(stream: Stream, layer: LayerInputs | None, block: Block) -> None:
 def before_step(prepared: Checkpoint, steps: tuple[Step, ...], index: int, context: StepContext) -> Iterator[Block]:
     """All blocks as step `index` will meet them, but for steps before it that need calibration themselves."""
     for name in prepared.blocks:
-        block = prepared.read_block(name)
-        for step in steps[:index]:
-            if step.needs == "weights":
-                block, _ = step.apply(block, context)
-        yield block
+        yield _with_weights_alone(prepared.read_block(name), steps[:index], context)
 
 
-def begin_walk(prepared: Checkpoint, recipe: Recipe, context: StepContext, folder: Path, limit: int | None) -> Walk:
+def _with_weights_alone(block: Block, steps: tuple[Step, ...], context: StepContext) -> Block:
+    for step in steps:
+        if step.needs == "weights":
+            block, _ = step.apply(block, context)
+    return block
+
+
+def begin_walk(
+    source: Checkpoint,
+    prepared: Checkpoint,
+    recipe: Recipe,
+    context: StepContext,
+    folder: Path,
+    limit: int | None,
+) -> Walk:
     """Read the calibration text of `recipe` and stand before the first block.
 
     States beyond `limit` bytes (half of the free memory when None) spill to `folder`. Raises UserError: two steps need
@@ -156,7 +186,7 @@ def begin_walk(prepared: Checkpoint, recipe: Recipe, context: StepContext, folde
         raise UserError("one step of a recipe may follow the original model: this recipe has more")
     windows = token_windows(prepared, recipe.calibration, seed=recipe.seed)
     room = Room(folder, psutil.virtual_memory().available // 2 if limit is None else limit)
-    return Walk(prepared, recipe.steps, context, windows, room)
+    return Walk(source, prepared, recipe.steps, context, windows, room)
 
 
 @dataclass(frozen=True)
@@ -178,11 +208,7 @@ def survey_of(walk: Walk, index: int, report: Callable[[int, int], None]) -> Sur
     """The survey for step `index`."""
 
     def block(name: str) -> Block:
-        found = walk.prepared.read_block(name)
-        for step in walk.steps[:index]:
-            if step.needs == "weights":
-                found, _ = step.apply(found, walk.context)
-        return found
+        return _with_weights_alone(walk.prepared.read_block(name), walk.steps[:index], walk.context)
 
     return Survey(walk.context.decoder, walk.windows, walk.room, tuple(walk.prepared.blocks), block, report)
 

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from edgekit.errors import ModelError, UserError
 from edgekit.manifest import Manifest, SourceRecord
 from edgekit.model.config import DecoderConfig, decoder_config
 from edgekit.schema import parse
-from edgekit.weight import Dense, Floats, Quantized, Weight
+from edgekit.weight import Dense, Factored, Floats, Quantized, Weight, stored_parts
 
 INDEX = "model.safetensors.index.json"
 STRUCTURE = "structure.json"
@@ -86,18 +86,31 @@ class RenamedReader:
 
 @dataclass(frozen=True)
 class Entry:
-    """What `structure.json` says of one module: codes of `bits` bits in blocks, for a matrix of `shape` (out, in)."""
+    """What `structure.json` says of one module, a matrix of `shape` (out, in).
 
-    kind: Literal["quantized"]
-    bits: int
-    block: int
-    shape: tuple[int, ...]
+    quantized: codes of `bits` bits in blocks. factored: a product over `sites` (out, in) of matrices that are stored as
+    the modules `MODULE.factors.0` and so on, quantised or not.
+    """
+
+    kind: Literal["quantized", "factored"]
+    bits: int = 0
+    block: int = 0
+    shape: tuple[int, ...] = ()
+    sites: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2 or min(self.shape) <= 0 or self.block <= 0:
+        factored = self.kind == "factored"
+        if len(self.shape) != 2 or min(self.shape) <= 0 or (self.block <= 0 and not factored):
             raise ModelError(
                 f"a matrix must have (out, in) and a block size, all positive: got {self.shape}, {self.block}"
             )
+        if factored and (len(self.sites) < 2 or any(len(site) != 2 or min(site) < 1 for site in self.sites)):
+            raise ModelError(f"a factored matrix must have two or more sites (out, in): got {self.sites}")
+
+    def to_json(self) -> dict[str, object]:
+        """The entry as it is written: what its kind does not have is left out."""
+        unused = ("bits", "block") if self.kind == "factored" else ("sites",)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,10 @@ class Checkpoint:
             if leaf in ("scales", "zeros", "minima", "steps") and module in self.structure:
                 continue
             if leaf == "codes" or (leaf == "weight" and len(self.tensors.shape(name)) == 2):
-                matrices.append(module)
+                owner = module.rpartition(".factors.")[0]
+                module = owner if owner in self.structure else module
+                if module not in matrices[-1:]:
+                    matrices.append(module)
             else:
                 vectors.append(name)
         ordered = sorted(found, key=_block_order)
@@ -155,9 +171,27 @@ class Checkpoint:
     def weight(self, module: str) -> Weight:
         """The matrix of a module such as `model.layers.0.mlp.up_proj`. Raises ModelError when it is absent."""
         entry = self.structure.get(module)
+        if entry is not None and entry.kind == "factored":
+            return self._factored(module, entry)
+        return self._plain(module)
+
+    def _factored(self, module: str, entry: Entry) -> Factored:
+        sites = tuple((site[0], site[1]) for site in entry.sites)
+        try:
+            found = Factored(tuple(self._plain(part) for part in self.parts(module)), sites)
+        except ModelError as problem:
+            raise ModelError(f"{module}: {problem}") from problem
+        if found.shape != entry.shape:
+            raise ModelError(f"{STRUCTURE} must agree with the weights: {module} is {found.shape}, not {entry.shape}")
+        return found
+
+    def _plain(self, module: str) -> Dense | Quantized:
+        entry = self.structure.get(module)
         if entry is None:
             self.shape(module)  # refuses what is no matrix
             return Dense(self.vector(module + ".weight"))
+        if entry.kind == "factored":
+            raise ModelError(f"{STRUCTURE} must not factor factors: {module}")
         zeros, minima, steps = (
             self._read(name) if name in self._names else None
             for name in (f"{module}.{leaf}" for leaf in ("zeros", "minima", "steps"))
@@ -177,6 +211,13 @@ class Checkpoint:
                 f"{STRUCTURE} must agree with the weights: {module} is {quantized.shape}, not {entry.shape}"
             )
         return quantized
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The names under which a module's matrices are stored: its own, or those of its factors."""
+        entry = self.structure.get(module)
+        if entry is None or entry.kind != "factored":
+            return (module,)
+        return tuple(f"{module}.factors.{index}" for index in range(len(entry.sites)))
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a module's matrix, without reading it."""
@@ -330,7 +371,7 @@ def write_block(path: Path, block: Block) -> dict[str, Entry]:
     """Write a block as one safetensors file, the same bytes for the same block; returns its structure entries."""
     tensors: dict[str, NDArray[Any]] = dict(block.vectors)
     entries: dict[str, Entry] = {}
-    for module, weight in block.matrices.items():
+    for module, weight in _stored_matrices(block, entries):
         if isinstance(weight, Dense):
             tensors[module + ".weight"] = weight.values
             continue
@@ -345,6 +386,14 @@ def write_block(path: Path, block: Block) -> dict[str, Entry]:
     return entries
 
 
+def _stored_matrices(block: Block, entries: dict[str, Entry]) -> Iterator[tuple[str, Dense | Quantized]]:
+    """Each matrix by its stored name; factored ones, whose entries are added, as their factors."""
+    for module, weight in block.matrices.items():
+        if isinstance(weight, Factored):
+            entries[module] = Entry("factored", shape=weight.shape, sites=weight.sites)
+        yield from stored_parts(module, weight)
+
+
 def write_frame(
     folder: Path, checkpoint: Checkpoint, *, shards: Mapping[str, Sequence[str]], structure: Mapping[str, Entry]
 ) -> list[str]:
@@ -357,7 +406,7 @@ def write_frame(
     texts = {
         "config.json": checkpoint.config,
         INDEX: {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
-        STRUCTURE: {path: dataclasses.asdict(entry) for path, entry in sorted(structure.items())},
+        STRUCTURE: {path: entry.to_json() for path, entry in sorted(structure.items())},
     }
     for name, data in texts.items():
         (folder / name).write_text(json.dumps(data, indent=1, ensure_ascii=False))

@@ -146,7 +146,7 @@ def _begin_walk(job: _Job, work: Path, activations_bytes: int | None) -> Walk | 
             f"{needy.name} as set here needs {problem.name}: pip install 'edgekit[compress]', or choose a method that"
             " takes no calibration, such as rtn"
         ) from problem
-    return begin_walk(job.prepared, job.recipe, job.context, work, activations_bytes)
+    return begin_walk(job.source, job.prepared, job.recipe, job.context, work, activations_bytes)
 
 
 def _identity(job: _Job, walk: Walk | None) -> Identity:
@@ -168,9 +168,9 @@ def _survey(
         return job, walk, journal
     from edgekit.calibrate import survey_of
 
-    recipe = job.recipe
     if journal.surveyed:
-        recipe = parse_recipe(journal.surveyed, where=str(work / JOURNAL))
+        job = _Job.of(job.source, parse_recipe(journal.surveyed, where=str(work / JOURNAL)))
+        walk.follow(job.prepared, job.recipe.steps, job.context)
     else:
 
         def report(done: int, total: int) -> None:
@@ -178,16 +178,16 @@ def _survey(
                 on_progress(Progress("survey", done, total, 0, 0))
 
         for index in surveyors:
-            step = recipe.steps[index]
+            step = job.recipe.steps[index]
             assert isinstance(step, Surveyor)
             planned = step.survey(survey_of(walk, index, report))
-            steps = (*recipe.steps[:index], planned, *recipe.steps[index + 1 :])
-            recipe = dataclasses.replace(recipe, steps=steps)
-            walk.steps = steps
-        journal = dataclasses.replace(journal, surveyed=recipe.resolved())
+            steps = (*job.recipe.steps[:index], planned, *job.recipe.steps[index + 1 :])
+            job = _Job.of(job.source, dataclasses.replace(job.recipe, steps=steps))
+            walk.follow(job.prepared, job.recipe.steps, job.context)
+        total = len(job.prepared.blocks)
+        journal = dataclasses.replace(journal, surveyed=job.recipe.resolved(), total=total)
         journal.save(work)
-    walk.steps = recipe.steps
-    return dataclasses.replace(job, recipe=recipe), walk, journal
+    return job, walk, journal
 
 
 def _replay(job: _Job, walk: Walk | None, journal: Journal, name: str, shard: Path) -> None:

@@ -18,7 +18,7 @@ the same bytes. What a step cannot treat it leaves alone and says so in `Changes
     model          merging, healing: the step works between two streams, from one finished folder to the next
 
 A step that has `survey` is asked once, before the first block, and takes the place of what it returns: a plan for the
-whole model, as options of its own.
+whole model, as options of its own. All steps then prepare anew, since a plan may take layers out.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ if TYPE_CHECKING:
 Needs = Literal["weights", "activations", "originals", "model"]
 
 STEPS = {
+    "merge.drop": "edgekit.merge.drop:Drop",
+    "merge.layers": "edgekit.merge.layers:Merge",
+    "prune.heads": "edgekit.prune.steps:Heads",
+    "prune.neurons": "edgekit.prune.steps:Neurons",
+    "prune.planned": "edgekit.prune.steps:Planned",
     "quant.awq": "edgekit.quant.scaling:Awq",
     "quant.int2": "edgekit.quant.methods:Int2",
     "quant.int3": "edgekit.quant.methods:Int3",
@@ -54,6 +59,8 @@ STEPS = {
     "quant.mixed": "edgekit.quant.mixed:Mixed",
     "quant.rotate": "edgekit.quant.rotate:Rotate",
     "quant.smooth": "edgekit.quant.scaling:Smooth",
+    "tn.lowrank": "edgekit.tn.steps:LowRank",
+    "tn.mpo": "edgekit.tn.mpo_step:Mpo",
 }
 
 
@@ -127,7 +134,8 @@ class CalibrationRecord:
 class InputStatistics:
     """What a matrix reads on the calibration text, see `edgekit.model.calibration`; float64.
 
-    `cross` and `drift` are there for a step that asks for the original model's inputs too.
+    `cross`, `drift` and, for what writes to the residual stream, `aim` are there for a step that asks for the original
+    model's inputs too.
     """
 
     gram: NDArray[np.float64]
@@ -136,6 +144,7 @@ class InputStatistics:
     tokens: int
     cross: NDArray[np.float64] | None = None
     drift: NDArray[np.float64] | None = None
+    aim: NDArray[np.float64] | None = None
 
 
 class Inputs(Protocol):
@@ -159,11 +168,19 @@ class StepContext:
 
 @dataclass(frozen=True)
 class MatrixOutline:
-    """A matrix without its numbers: (out, in), bytes in its folder, and whether it is still float."""
+    """A matrix without its numbers: (out, in), bytes in its folder, and whether it is still float.
+
+    A factored one has its `factors`, whose bytes are its own.
+    """
 
     shape: tuple[int, int]
     size_bytes: int
     dense: bool
+    factors: tuple[MatrixOutline, ...] = ()
+
+    def with_factors(self, factors: tuple[MatrixOutline, ...]) -> MatrixOutline:
+        """The same matrix, its factors stored in another way."""
+        return MatrixOutline(self.shape, sum(factor.size_bytes for factor in factors), False, factors)
 
 
 @dataclass(frozen=True)
@@ -219,6 +236,15 @@ class Surveyor(Protocol):
         """The step with its plan among its options; the step itself when it has one. Raises as `Step.apply`."""
 
 
+@runtime_checkable
+class Remover(Protocol):
+    """A step whose `prepare` takes layers out, or joins several in one."""
+
+    def stands_for(self, name: str) -> tuple[str, ...]:
+        """The layers, of the model before `prepare`, in whose place the prepared layer `name` is; the last of them is
+        the one whose outputs it has to reach."""
+
+
 def step_class(name: str, *, where: str) -> type[Step]:
     """The class of a step, imported now. Raises UserError for a name that `STEPS` lacks; `where` names the place."""
     if name not in STEPS:
@@ -245,16 +271,18 @@ def outline_of(checkpoint: Checkpoint, name: str) -> Outline:
 
 def _matrix_outline(checkpoint: Checkpoint, module: str) -> MatrixOutline:
     shape = checkpoint.shape(module)
+    parts = checkpoint.parts(module)
+    if len(parts) > 1:
+        factors = tuple(_matrix_outline(checkpoint, part) for part in parts)
+        return MatrixOutline(shape, 0, False).with_factors(factors)
     if module not in checkpoint.structure:
         return MatrixOutline(shape, 4 * shape[0] * shape[1], dense=True)
     names = set(checkpoint.tensors.names())
     size = 1 if f"{module}.steps" in names else 2  # scales and minima are bytes where rows have steps
     bytes_a_number = {"codes": 1, "scales": size, "zeros": 1, "minima": size, "steps": 2}
-    parts = {f"{module}.{part}": count for part, count in bytes_a_number.items()}
-    present = names & set(parts)
-    return MatrixOutline(
-        shape, sum(parts[part] * math.prod(checkpoint.tensors.shape(part)) for part in present), dense=False
-    )
+    tensors = {f"{module}.{part}": count for part, count in bytes_a_number.items()}
+    sizes = [tensors[name] * math.prod(checkpoint.tensors.shape(name)) for name in names & set(tensors)]
+    return MatrixOutline(shape, sum(sizes), dense=False)
 
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str], *, config: Mapping[str, Any]) -> Checkpoint:
@@ -262,10 +290,13 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str], *, config: Mapping
 
     Nothing is read or copied. A stored tensor may be seen under two names (untying a head) or under none.
     """
-    structure = {
-        module.removesuffix(".codes"): checkpoint.structure[stored.removesuffix(".codes")]
-        for module, stored in names.items()
-        if module.endswith(".codes")
-    }
+    structure = {}
+    for seen, stored in names.items():
+        pair = seen.removesuffix(".codes"), stored.removesuffix(".codes")
+        if seen.endswith(".codes"):
+            structure[pair[0]] = checkpoint.structure[pair[1]]
+        owner = stored.rpartition(".factors.")[0]
+        if owner in checkpoint.structure:
+            structure[seen.rpartition(".factors.")[0]] = checkpoint.structure[owner]
     reader = RenamedReader(checkpoint.tensors, names)
     return dataclasses.replace(checkpoint, tensors=reader, structure=structure, config=dict(config))

@@ -1,4 +1,4 @@
-"""What can stand where a float matrix stood: dense values, or integer codes with a scale for each block.
+"""What can stand where a float matrix stood: dense values, integer codes with a scale for each block, or a product.
 
 A quantised matrix of shape (out, in) is stored in blocks of `block` neighbouring columns of one row, the last block
 padded. The value of a code q in a block with scale s, and a zero point z or a minimum m, is
@@ -12,10 +12,18 @@ or two float16 steps a row: s = S * step[0] and m = M * step[1]. Both products a
 Codes are packed along the row in a stream of bits, the low ones first: the code of column i of a block holds the bits
 from i * bits on, and the first bit of a byte is its lowest. So byte j of a block holds codes 2j and 2j + 1 at 4 bits,
 code j at 8. That is the layout of onnxruntime's MatMulNBits, which takes 2, 4 and 8 bits.
+
+A factored matrix is a matrix product operator: the product over bonds c_1 ... c_(N-1) of N small matrices,
+
+    W[(o_1 ... o_N), (i_1 ... i_N)] = sum_c  prod_k  M_k[(c_(k-1), o_k), (i_k, c_k)],       c_0 = c_N = 1
+
+each dense or quantised. Low rank W = A B is the case of the sites (out, 1) and (1, in). To apply it to x, the factors
+are taken from the last to the first, each as an ordinary linear from (i_k, c_k) to (c_(k-1), o_k).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,7 +174,88 @@ def restored(values: Halves | Bytes | SignedBytes, step: Halves | None) -> Float
     return exact
 
 
-Weight = Dense | Quantized
+@dataclass(frozen=True)
+class Factored:
+    """factors[k]: (c_(k-1) * o_k, i_k * c_k); sites[k]: (o_k, i_k). See the module. Raises ModelError: no fit."""
+
+    factors: tuple[Dense | Quantized, ...]
+    sites: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sites) < 2 or len(self.sites) != len(self.factors) or any(len(site) != 2 for site in self.sites):
+            raise ModelError(
+                f"a factored matrix must have a factor for each of two or more sites (out, in): got"
+                f" {len(self.factors)} factors for {self.sites}"
+            )
+        before = 1
+        for factor, (o, i) in zip(self.factors, self.sites, strict=True):
+            rows, columns = factor.shape
+            if min(o, i) < 1 or rows != before * o or columns % i or not columns:
+                raise ModelError(
+                    f"factors must fit their sites: one of {factor.shape} at a site {(o, i)} behind a bond of {before}"
+                )
+            before = columns // i
+        if before != 1:
+            raise ModelError(f"the last factor must end in a bond of 1: it ends in {before}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return math.prod(o for o, _ in self.sites), math.prod(i for _, i in self.sites)
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """c_1 ... c_(N-1): the bond dimensions; of a low-rank matrix its rank."""
+        pairs = zip(self.factors[:-1], self.sites[:-1], strict=True)
+        return tuple(factor.shape[1] // i for factor, (_, i) in pairs)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the factors take in their folder."""
+        return sum(factor.size_bytes for factor in self.factors)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is A B, which is applied without turning axes."""
+        return len(self.sites) == 2 and self.sites[0][1] == self.sites[1][0] == 1
+
+    @property
+    def multiplications(self) -> int:
+        """What applying the factors to one vector takes, last factor first."""
+        total, behind, inputs = 0, 1, self.shape[1]
+        for factor, (o, i) in zip(reversed(self.factors), reversed(self.sites), strict=True):
+            inputs //= i
+            total += math.prod(factor.shape) * inputs * behind
+            behind *= o
+        return total
+
+    def dense(self) -> Floats:
+        """The product, (out, in) float32; made in float32, as the runtime multiplies."""
+        product = np.ones((1, 1, 1), np.float32)  # (bond, outs so far, ins so far)
+        for factor, (o, i) in zip(reversed(self.factors), reversed(self.sites), strict=True):
+            bond, outs, ins = product.shape
+            joined = factor.dense().reshape(-1, bond) @ product.reshape(bond, -1)
+            product = joined.reshape(-1, o, i, outs, ins).transpose(0, 1, 3, 2, 4).reshape(-1, o * outs, i * ins)
+        return np.ascontiguousarray(product[0])
+
+
+Weight = Dense | Quantized | Factored
+
+
+def stored_parts(module: str, weight: Weight) -> list[tuple[str, Dense | Quantized]]:
+    """A matrix by its module, or the factors of one by the names that they are stored under."""
+    if isinstance(weight, Factored):
+        return [(f"{module}.factors.{index}", factor) for index, factor in enumerate(weight.factors)]
+    return [(module, weight)]
+
+
+def owner_of(part: str) -> str:
+    """The module that a part of `stored_parts` belongs to."""
+    return part.partition(".factors.")[0]
+
+
+def of_parts(weight: Weight, parts: Sequence[Dense | Quantized]) -> Weight:
+    """The matrix with other `stored_parts` in place of its own."""
+    return Factored(tuple(parts), weight.sites) if isinstance(weight, Factored) else parts[0]
 
 
 def concatenate(weights: Sequence[Weight]) -> Weight | None:

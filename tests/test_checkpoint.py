@@ -288,7 +288,7 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "lowrank"}, "kind must be one of quantized: got 'lowrank'"),
+        ({"kind": "lowrank"}, "kind must be one of quantized, factored: got 'lowrank'"),
         ({"bits": 3}, "must have shape"),
         ({"bits": "4"}, "bits must be an integer"),
         ({"block": 64}, "must have shape"),
@@ -445,7 +445,7 @@ def test_assets_are_the_files_that_are_there(tmp_path: Path) -> None:
 
 
 def test_an_entry_is_what_structure_json_says() -> None:
-    assert dataclasses.asdict(Entry("quantized", 4, 32, (96, 64))) == {
+    assert Entry("quantized", 4, 32, (96, 64)).to_json() == {
         "kind": "quantized",
         "bits": 4,
         "block": 32,

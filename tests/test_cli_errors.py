@@ -65,7 +65,7 @@ def fails(words: str | list[str], status: int, pattern: str, *, stdin: str | byt
     [
         # names
         ("compres tiny.gguf", 2, "no command is called 'compres'; did you mean 'compress'"),
-        ("frobnicate", 2, "no command is called 'frobnicate'; known are chat, compare, compress"),
+        ("frobnicate", 2, "no command is called 'frobnicate'; known are account, assistant, card"),
         ("devices sow", 2, "no command is called 'sow'; did you mean 'show'"),
         ("devices show pi9", 2, "no device is called 'pi9'; did you mean 'pi5'"),
         ("compress tiny.gguf -o new -r int5", 2, "got 'int5'; did you mean 'int"),
@@ -137,7 +137,7 @@ def fails(words: str | list[str], status: int, pattern: str, *, stdin: str | byt
         ("eval run --choices book.txt --limit 0", 2, "--limit must be at least 1: got 0"),
         ("eval run --text book.txt --window 16 --context -1", 2, "--context must be from 1 .*got -1"),
         # texts
-        ("eval run", 2, "pass --text FILE or --choices FILE"),
+        ("eval run", 2, "pass --text FILE, --choices FILE or --safety"),
         ("eval run --text absent.txt", 2, r"a file must be readable: absent.txt \(No such file"),
         ("eval run --text foreign", 2, "a file must be readable: foreign"),
         ("eval run --text latin1.txt", 2, "a text must be UTF-8: latin1.txt has .* at byte 2"),
@@ -145,7 +145,7 @@ def fails(words: str | list[str], status: int, pattern: str, *, stdin: str | byt
         ("eval run --text short.txt --window 64", 2, r"must fill one window of 64 tokens: it has \d;? .*--window"),
         ("eval run --choices book.txt", 2, "book.txt:1 must be a JSON object"),
         ("eval run --choices /dev/null", 2, "/dev/null must hold at least one item"),
-        ("eval absent --choices book.txt", 2, "book.txt:1"),
+        ("eval absent --choices book.txt", 2, "a model must exist or be known: got 'absent'"),
     ],
 )
 def test_requests_that_are_wrong(

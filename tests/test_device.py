@@ -82,7 +82,7 @@ def test_devices_are_found_inside_an_installed_package_first(tmp_path, monkeypat
     [
         ("pi6", "did you mean 'pi5'"),
         ("orangepi5", "did you mean 'orange-pi5'"),
-        ("zzz", "known are generic-x86"),
+        ("zzz", "known are apple-m, generic-x86"),
         ("absent.toml", "absent.toml"),
         ("no/such", "no/such"),
     ],

@@ -43,6 +43,11 @@ LAYERS = {
     "kernels": Layer("kernels", "core bundle weight", "numpy onnxruntime"),
     "profile": Layer("profile", "core bundle kernels runtime", "numpy onnxruntime tokenizers"),
     "runtime": Layer("runtime", "core bundle weight kernels profile", "numpy onnxruntime tokenizers jinja2"),
+    "assistant": Layer(
+        "assistant",
+        "core bundle weight kernels profile runtime",
+        "numpy tokenizers sqlite_vec pypdf llguidance starlette uvicorn",
+    ),
     # convert: what makes a bundle, without torch
     "functions": Layer("kernels.functions", "core kernels", "onnx"),
     "config": Layer("model.config model.rope model.encoder_config", "core", "numpy"),
@@ -61,9 +66,20 @@ LAYERS = {
         "core weight config checkpoint model step calibration calibrate quant",
         "numpy torch",
     ),
+    "structure": Layer(
+        "prune merge",
+        "core weight config checkpoint model step calibration calibrate sensitivity quant",
+        "numpy scipy",
+    ),
+    "tn": Layer(
+        "tn",
+        "core weight config checkpoint model step calibration calibrate sensitivity quant",
+        "numpy tensorly psutil matplotlib",
+    ),
+    "card": Layer("card", "core", "huggingface_hub"),
     "export": Layer(
         "export",
-        "core bundle weight kernels functions config checkpoint model runtime",
+        "card core bundle weight kernels functions config checkpoint model quant tn runtime",
         "numpy onnx onnxruntime tokenizers",
     ),
     "heal": Layer(
@@ -72,14 +88,19 @@ LAYERS = {
         "numpy torch safetensors tokenizers rich",
     ),
     # on top
+    "account": Layer("account", "core"),
+    "reproduce": Layer("reproduce", "card core bundle weight config checkpoint model step compress export"),
+    "deploy": Layer("deploy", "core bundle runtime", "numpy cryptography"),
+    "lm-eval": Layer("evaluate.harness", "core evaluate weight", "lm_eval"),
     "evaluate": Layer("evaluate", "core bundle weight runtime export model", "numpy tokenizers"),
     "cli": Layer(
         "cli",
-        "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal",
-        "click rich",
+        "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal"
+        " tn card deploy account reproduce assistant",
+        "click rich starlette uvicorn",
     ),
 }
-LIGHT = ("core", "bundle", "weight", "kernels", "profile", "runtime")
+LIGHT = ("core", "bundle", "weight", "kernels", "profile", "runtime", "assistant")
 
 
 @dataclass(frozen=True)

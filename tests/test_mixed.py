@@ -207,7 +207,7 @@ def test_the_estimate_is_the_divergence(tmp_path: Path, calibration: Calibration
 
     source = open_model(str(tiny_folder(tmp_path / "model", tied=tied)))
     recipe = Recipe("m", "", (Mixed(target_mb=1),), calibration=calibration)
-    walk = begin_walk(source, recipe, StepContext(source.decoder, 0), tmp_path, None)
+    walk = begin_walk(source, source, recipe, StepContext(source.decoder, 0), tmp_path, None)
     survey = survey_of(walk, 0, lambda done, total: None)
     ids = walk.windows.ids.tolist()
     exact = log_softmax(np.concatenate(forward(source, ids)))

@@ -16,6 +16,7 @@ from edgekit.errors import ModelError, UserError
 from edgekit.export.export import export
 from edgekit.export.sparse import SparseOptions, calibrate
 from edgekit.export.targets import find_target, host_target
+from edgekit.model.config import Rope
 from edgekit.model.sources import open_model
 from edgekit.recipe import load_recipe
 from edgekit.report import Report
@@ -133,4 +134,4 @@ def test_keys_that_are_alike_are_refused() -> None:
             return np.ones((2, 300, 64), np.float16)
 
     with pytest.raises(ModelError, match="keys must be numbers that differ"):
-        calibrate(Stuck(), [LayerCache(2, 64)])
+        calibrate(Stuck(), [LayerCache(2, 64)], Rope(theta=1e4), context=4096)

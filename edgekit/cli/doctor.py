@@ -9,6 +9,7 @@ from edgekit.cli.terminal import json_option, print_json, size
 EXTRAS = {
     "convert": ("onnx", "safetensors", "gguf", "huggingface_hub", "ml_dtypes"),
     "compress": ("torch", "transformers"),
+    "assistant": ("sqlite_vec", "pypdf", "llguidance", "starlette", "uvicorn"),
 }
 
 

@@ -98,7 +98,14 @@ def _matrices(checkpoint: Checkpoint) -> list[Row]:
     for matrices, _ in checkpoint.blocks.values():
         for module in matrices:
             entry = checkpoint.structure.get(module)
-            stored = f"{entry.bits} bits, block {entry.block}" if entry else "float"
+            stored = "float"
+            if entry is not None and entry.kind == "factored":
+                shapes = " x ".join(
+                    f"({out} x {columns})" for out, columns in map(checkpoint.shape, checkpoint.parts(module))
+                )
+                stored = f"factors {shapes}"
+            elif entry is not None:
+                stored = f"{entry.bits} bits, block {entry.block}"
             rows.append((module, *checkpoint.shape(module), stored))
     return rows
 

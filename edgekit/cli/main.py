@@ -10,18 +10,27 @@ from typing import NoReturn
 import click
 
 from edgekit import __version__
+from edgekit.cli.account import account
+from edgekit.cli.assistant import assistant
+from edgekit.cli.card import card
 from edgekit.cli.chat import chat
 from edgekit.cli.compare import compare
 from edgekit.cli.compress import compress
+from edgekit.cli.deploy import deploy, history, rollback, sign
 from edgekit.cli.devices import devices
 from edgekit.cli.doctor import doctor
 from edgekit.cli.embed import embed
 from edgekit.cli.eval import evaluate
 from edgekit.cli.export import export
+from edgekit.cli.fit import fit
 from edgekit.cli.heal import heal
+from edgekit.cli.index import index
 from edgekit.cli.inspect import inspect
 from edgekit.cli.profile import profile
+from edgekit.cli.reproduce import recompress, reproduce
+from edgekit.cli.router import router
 from edgekit.cli.run import run
+from edgekit.cli.serve import serve
 from edgekit.cli.terminal import CommandGroup
 from edgekit.errors import BudgetError, EdgekitError, UserError
 
@@ -49,7 +58,33 @@ def cli(context: click.Context, debug: bool) -> None:
         click.echo(context.get_help())
 
 
-for _command in (compress, heal, export, run, chat, embed, profile, evaluate, inspect, devices, doctor, compare):
+for _command in (
+    compress,
+    heal,
+    export,
+    run,
+    chat,
+    assistant,
+    serve,
+    embed,
+    index,
+    router,
+    profile,
+    evaluate,
+    inspect,
+    fit,
+    devices,
+    doctor,
+    compare,
+    card,
+    sign,
+    deploy,
+    rollback,
+    history,
+    reproduce,
+    recompress,
+    account,
+):
     cli.add_command(_command)
 
 

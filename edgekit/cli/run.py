@@ -13,8 +13,8 @@ from edgekit.cli.terminal import json_option, print_json
 from edgekit.errors import UserError
 
 if TYPE_CHECKING:
-    from edgekit.runtime.sampling import Sampling
-    from edgekit.runtime.session import Generation
+    from edgekit.runtime.sampling import Constraint, Sampling
+    from edgekit.runtime.session import Generation, Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,9 +52,12 @@ def make_sampling(options: dict[str, Any]) -> Sampling:
 @click.argument("prompt")
 @click.option("--system", help="Instructions that come before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
+@click.option("--schema", type=click.Path(path_type=Path), help="JSON schema, in a file, that the answer keeps to.")
 @sampling_options
 @json_option
-def run(bundle: Path, prompt: str, system: str | None, raw: bool, as_json: bool, **options: Any) -> None:
+def run(
+    bundle: Path, prompt: str, system: str | None, raw: bool, schema: Path | None, as_json: bool, **options: Any
+) -> None:
     """Answer PROMPT with BUNDLE. `-` reads the prompt from standard input.
 
     \b
@@ -70,7 +73,11 @@ def run(bundle: Path, prompt: str, system: str | None, raw: bool, as_json: bool,
     messages.append({"role": "user", "content": text})
     plain = raw or session.template is None or not text  # no text is an error that encode() explains
     answer = session.generate(
-        text if plain else messages, max_tokens=options["max_tokens"], sampling=sampling, stop=options["stop"]
+        text if plain else messages,
+        max_tokens=options["max_tokens"],
+        sampling=sampling,
+        stop=options["stop"],
+        constraint=None if schema is None else _constraint(session, schema),
     )
     if as_json:
         whole = answer.text()
@@ -99,6 +106,19 @@ def mention_cut(answer: Generation) -> None:
     if answer.finish_reason != "stop":
         reason = "--max-tokens reached" if answer.finish_reason == "length" else "the context is full"
         click.echo(f"[cut: {reason}]", err=True)
+
+
+def _constraint(session: Session, schema: Path) -> Constraint:
+    """What keeps an answer to the schema in a file."""
+    import json
+
+    from edgekit.assistant.structure import Structures
+
+    try:
+        parsed = json.loads(schema.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"--schema must be a file of JSON: {schema}: {problem}") from problem
+    return Structures.of(session).json_schema(parsed)
 
 
 def _standard_input() -> str:

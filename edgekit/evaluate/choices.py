@@ -24,6 +24,8 @@ from edgekit.evaluate.scorer import Scorer
 from edgekit.evaluate.text import read_text
 from edgekit.schema import parse
 
+NOTHING = -1  # a choice that is none of them
+
 
 @dataclass(frozen=True)
 class Item:
@@ -61,6 +63,27 @@ class Accuracy:
     n: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model chose: the index of the likeliest choice, of the likeliest by bytes, and the right one.
+
+    Of a single choice, `picked` is 0 when greedy decoding writes it, else `NOTHING`. `sums` are the log-likelihoods.
+    """
+
+    picked: int
+    picked_norm: int
+    answer: int
+    sums: tuple[float, ...]
+
+    @property
+    def right(self) -> bool:
+        return self.picked == self.answer
+
+    @property
+    def right_norm(self) -> bool:
+        return self.picked_norm == self.answer
+
+
 def load_items(path: Path, *, limit: int | None = None) -> list[Item]:
     """Read items, the first `limit` of them, from .jsonl or .jsonl.gz; blank lines do not count.
 
@@ -88,27 +111,39 @@ def load_items(path: Path, *, limit: int | None = None) -> list[Item]:
     return items
 
 
-def accuracy(
+def answers(
     scorer: Scorer, items: Sequence[Item], *, on_item: Callable[[int, int], None] = lambda done, total: None
-) -> Accuracy:
+) -> list[Answer]:
     """Score every item; `on_item` is told (items done, items in all). Raises UserError as `score` does."""
-    plain, normed = [], []
+    found = []
     for done, item in enumerate(items, 1):
         sums, greedy = zip(*(score(scorer, *pair) for pair in item.pairs), strict=True)
         if len(item.choices) == 1:
-            plain.append(greedy[0])
-            normed.append(greedy[0])
+            picked = picked_norm = 0 if greedy[0] else NOTHING
         else:
             sizes = [max(1, len(continuation[1:].encode())) for _, continuation in item.pairs]
-            plain.append(int(np.argmax(sums)) == item.answer)
-            normed.append(int(np.argmax(np.divide(sums, sizes))) == item.answer)
+            picked, picked_norm = int(np.argmax(sums)), int(np.argmax(np.divide(sums, sizes)))
+        found.append(Answer(picked, picked_norm, item.answer, tuple(sums)))
         on_item(done, len(items))
+    return found
+
+
+def accuracy(
+    scorer: Scorer, items: Sequence[Item], *, on_item: Callable[[int, int], None] = lambda done, total: None
+) -> Accuracy:
+    """The share of right answers. Raises UserError as `score` does."""
+    return share_of(answers(scorer, items, on_item=on_item))
+
+
+def share_of(found: Sequence[Answer]) -> Accuracy:
+    """The accuracy of these answers, at least one."""
+    plain, normed = [answer.right for answer in found], [answer.right_norm for answer in found]
     return Accuracy(
         accuracy=100 * float(np.mean(plain)),
         accuracy_norm=100 * float(np.mean(normed)),
         spread=_half_width(plain),
         spread_norm=_half_width(normed),
-        n=len(items),
+        n=len(found),
     )
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from edgekit.bundle import SPEC
 from edgekit.manifest import NAME
 from edgekit.runtime.session import Session
+from edgekit.runtime.template import ChatTemplate
 from edgekit.weight import Floats
 
 
@@ -33,11 +34,13 @@ class Sequencer(Protocol):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model under evaluation: `name` for the report, the model, and its tokenizer."""
+    """A model under evaluation: `name` for the report, the model, its tokenizer, and what it ends an answer with."""
 
     name: str
     model: Sequencer
     tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    eos_ids: tuple[int, ...] = ()
 
 
 @contextlib.contextmanager
@@ -54,7 +57,7 @@ def open_scorer(
     """
     if all(os.path.isfile(os.path.join(spec, name)) for name in (NAME, SPEC)):
         session = Session.open(spec, context=context, threads=threads)
-        yield Scorer(Path(spec).resolve().name, session.engine, session.tokenizer)
+        yield _scorer(Path(spec).resolve().name, session)
         return
     from edgekit.export.export import export
     from edgekit.export.targets import find_target
@@ -65,4 +68,8 @@ def open_scorer(
         bundle = Path(folder) / "bundle"
         export(checkpoint, bundle, target=find_target("portable"), on_progress=on_progress)
         session = Session.open(bundle, context=context, threads=threads)
-        yield Scorer(checkpoint.source.name, session.engine, session.tokenizer)
+        yield _scorer(checkpoint.source.name, session)
+
+
+def _scorer(name: str, session: Session) -> Scorer:
+    return Scorer(name, session.engine, session.tokenizer, session.template, session.bundle.spec.eos_ids)

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from edgekit.bundle import MODEL, SPEC, WEIGHTS, DecoderSpec
 from edgekit.checkpoint import Checkpoint, refuse_overlap
-from edgekit.device import Device
+from edgekit.device import Device, load_device
 from edgekit.errors import ModelError, UserError
+from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
@@ -52,6 +53,7 @@ def export(
     """Write a bundle to `output`; `on_progress` is told each stage.
 
     `rope_scaling`, a kind and a factor, makes the context longer than the trained one, and the report says so.
+    A factored matrix whose factors would be slower than the matrix on the device is multiplied out: see `contract`.
     With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
     default one that the model writes itself.
 
@@ -69,6 +71,8 @@ def export(
     if not 0 < longest <= config.context_length:
         raise UserError(f"--context must be from 1 to the model's {config.context_length}: got {context}")
     refuse_overlap(checkpoint, output)
+    original = checkpoint
+    checkpoint, decided = contracted(checkpoint, device or (load_device(target.device) if target.device else None))
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = target.native and library_path() is not None and runs_natively(checkpoint)
@@ -81,7 +85,7 @@ def export(
             if config.sliding_window:
                 raise UserError("sparse attention needs attention to the whole context: the model has a sliding window")
             on_progress("calibrating sparse attention")
-            keys = _key_statistics(checkpoint, folder, min(longest, TOKENS), calibration)
+            keys = _key_statistics(checkpoint, folder, longest, calibration)
             layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys)
         elif native:
             layers = build_native_decoder(checkpoint, folder, context=longest)
@@ -104,7 +108,7 @@ def export(
             (folder / name).write_bytes(content)
         on_progress("checking it against the NumPy forward")
         measured = _check(
-            checkpoint,
+            original,
             folder,
             spec,
             products=_products(checkpoint, target, native=native),
@@ -113,12 +117,14 @@ def export(
         if rope_scaling is not None:
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
+        measured = (*measured, *decided)
         on_progress("writing digests")
         return write_manifest(checkpoint, folder, measured)
 
 
-def _key_statistics(checkpoint: Checkpoint, folder: Path, tokens: int, text: str | None) -> list[KeyStatistics]:
+def _key_statistics(checkpoint: Checkpoint, folder: Path, context: int, text: str | None) -> list[KeyStatistics]:
     """Calibrate on the exact graph, which is built in `folder` and taken away again."""
+    tokens = min(context, TOKENS)
     layers = build_native_decoder(checkpoint, folder, context=tokens)
     config = checkpoint.decoder
     spec = DecoderSpec(
@@ -138,7 +144,7 @@ def _key_statistics(checkpoint: Checkpoint, folder: Path, tokens: int, text: str
         written_text(engine, tokenizer.encode(PROMPTS[0]).ids[:tokens], tokens=min(tokens, WRITTEN))
     elif ids := tokenizer.encode(text).ids[:tokens]:
         engine.forward(ids)
-    found = calibrate(engine, layers)
+    found = calibrate(engine, layers, config.rope, context=context)
     for name in (MODEL, WEIGHTS):
         (folder / name).unlink()
     return found
@@ -167,7 +173,10 @@ def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:
     """What the graph multiplies in: a key of `BOUNDS`."""
     if native:
         return "int15"
-    integers = any(stock_bits(entry.bits) in target.integer_bits for entry in checkpoint.structure.values())
+    integers = any(
+        entry.kind == "quantized" and stock_bits(entry.bits) in target.integer_bits
+        for entry in checkpoint.structure.values()
+    )
     return "int8" if integers else "float32"
 
 
@@ -211,7 +220,7 @@ def _packed_bytes(checkpoint: Checkpoint) -> int:
     """What stock onnxruntime holds: a packed copy of each matrix, and a tied table mapped for look-ups beside it."""
     total = 0.0
     for matrices, vectors in checkpoint.blocks.values():
-        for module in matrices:
+        for module in (part for matrix in matrices for part in checkpoint.parts(matrix)):
             rows, columns = checkpoint.shape(module)
             entry = checkpoint.structure.get(module)
             if entry is None:

@@ -29,7 +29,7 @@ from edgekit.export.sparse import KeyStatistics, SparseOptions
 from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
-from edgekit.weight import Quantized, concatenate
+from edgekit.weight import Dense, Factored, Quantized, concatenate, stored_parts
 
 
 def build_native_decoder(
@@ -56,7 +56,8 @@ def build_native_decoder(
 
 def runs_natively(checkpoint: Checkpoint) -> bool:
     """Whether our operators have something to do here: quantised matrices, and heads that fill whole vectors."""
-    return bool(checkpoint.structure) and checkpoint.decoder.head_dim % LANES == 0
+    quantized = any(entry.kind == "quantized" for entry in checkpoint.structure.values())
+    return quantized and checkpoint.decoder.head_dim % LANES == 0
 
 
 class _NativeDecoder:
@@ -163,17 +164,30 @@ class _NativeDecoder:
 
     def add(self, module: str, x: str, state: str) -> str:
         """The state plus a matrix of x."""
-        if isinstance(self.checkpoint.weight(module), Quantized):
+        weight = self.checkpoint.weight(module)
+        last = weight.factors[0] if isinstance(weight, Factored) and weight.is_low_rank else weight
+        if isinstance(last, Quantized):
             return self.product(module, x, residual=state)
         return self.graph.node("Add", [self.product(module, x), state], f"{module}.sum")
 
     def product(self, module: str, x: str, *, residual: str = "") -> str:
         weight = self.checkpoint.weight(module)
-        if not isinstance(weight, Quantized):
+        if isinstance(weight, Dense):
             return self.parts.linear(module, x)
         bias = self.parts.joined_bias([module])
-        last = [self.nothing() if bias is None else self.graph.constant(f"{module}.bias", bias)]
-        return self.node("QuantLinear", [x], module, tile(weight), [*last, residual or self.nothing()])
+        named = self.nothing() if bias is None else self.graph.constant(f"{module}.bias", bias)
+        if isinstance(weight, Quantized):
+            return self.factor(module, weight, x, bias=named, residual=residual)
+        if weight.is_low_rank and isinstance(weight.factors[0], Quantized):
+            (name, last), (other, first) = stored_parts(module, weight)
+            return self.factor(name, last, self.factor(other, first, x), bias=named, residual=residual)
+        return self.graph.node("Add", [self.parts.factored(module, weight, x, self.factor), named], f"{module}.biased")
+
+    def factor(self, name: str, weight: Dense | Quantized, x: str, *, bias: str = "", residual: str = "") -> str:
+        """x W^T, plus what is named where the matrix is quantised."""
+        if isinstance(weight, Dense):
+            return self.parts.factor(name, weight, x)
+        return self.node("QuantLinear", [x], name, tile(weight), [bias or self.nothing(), residual or self.nothing()])
 
     def head(self, kept: str) -> None:
         module = "model.embed_tokens" if self.config.tied else "lm_head"

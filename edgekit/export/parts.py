@@ -11,7 +11,7 @@ grows in place, up to S tokens
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import onnx
@@ -23,7 +23,9 @@ from edgekit.errors import ModelError
 from edgekit.export.graph import Graph
 from edgekit.export.stock import StockMatrix, stock_matrix
 from edgekit.model.rope import tables
-from edgekit.weight import Dense, Floats, Quantized, Weight, concatenate
+from edgekit.weight import Dense, Factored, Floats, Quantized, Weight, concatenate, stored_parts
+
+Apply = Callable[[str, Dense | Quantized, str], str]  # (name, matrix, input) -> output
 
 
 class Parts:
@@ -48,8 +50,8 @@ class Parts:
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
-        if isinstance(weight, Dense):
-            table = self.graph.constant(f"{module}.weight", weight.values)
+        if not isinstance(weight, Quantized):
+            table = self.graph.constant(f"{module}.weight", weight.dense())
             return self.graph.node("Gather", [table, "input_ids"], module, axis=0)
         matrix = self.store(module, weight)
         rows, blocks, width = matrix.codes.shape
@@ -172,11 +174,50 @@ class Parts:
         """y = x W^T + b."""
         if isinstance(weight, Quantized):
             return self.quantized(name, weight, x, bias=bias, name=name, output=output)
+        if isinstance(weight, Factored):
+            product = self.factored(name, weight, x, self.factor)
+            zero = self.graph.constant("nothing", np.zeros(1, np.float32))
+            return self.graph.node("Add", [product, bias or zero], f"{name}.add", outputs=[output])
         table = self.graph.constant(f"{name}.weight", weight.values.T)
         if not bias:
             return self.graph.node("MatMul", [x, table], name, outputs=[output])
         product = self.graph.node("MatMul", [x, table], name, outputs=[f"{name}.product"])
         return self.graph.node("Add", [product, bias], f"{name}.add", outputs=[output])
+
+    def factor(self, name: str, weight: Dense | Quantized, x: str) -> str:
+        return self.apply(name, weight, x, bias="", output=name)
+
+    def factored(self, module: str, weight: Factored, x: str, apply: Apply) -> str:
+        """A product's factors, applied from the last to the first: see `edgekit.weight`.
+
+        With t tokens, I the inputs of the sites still to come and O the outputs of those done, the state before factor
+        k is (t, I, o_(k+1), O, i_k, c_k), of which a linear takes the last two axes.
+        """
+        parts = list(zip(stored_parts(module, weight), weight.sites, strict=True))
+        if weight.is_low_rank:
+            for (name, factor), _ in reversed(parts):
+                x = apply(name, factor, x)
+            return x
+        graph = self.graph
+        ahead, done, before = weight.shape[1], 1, 1  # I, O without o_(k+1), o_(k+1)
+        for (name, factor), (o, i) in reversed(parts):
+            bond, ahead = factor.shape[1] // i, ahead // i
+            if done * before * bond > 1:
+                x = self.turned(x, (-1, ahead, i, done, bond, before), (0, 1, 5, 3, 2, 4), f"{name}.in")
+            done *= before
+            rows = graph.constant(f"{name}.rows", np.array([1, -1, i * bond], np.int64))
+            x = apply(name, factor, graph.node("Reshape", [x, rows], f"{name}.flat"))
+            before = o
+        x = self.turned(x, (-1, done, before), (0, 2, 1), f"{module}.out")
+        shape = graph.constant(f"{module}.shape", np.array([1, -1, weight.shape[0]], np.int64))
+        return graph.node("Reshape", [x, shape], f"{module}.product")
+
+    def turned(self, x: str, shape: Sequence[int], order: Sequence[int], name: str) -> str:
+        """x in another shape, its axes in another order."""
+        wanted = self.graph.constant(f"{name}.axes", np.array(shape, np.int64))
+        return self.graph.node(
+            "Transpose", [self.graph.node("Reshape", [x, wanted], f"{name}.apart")], name, perm=order
+        )
 
     def quantized(self, module: str, weight: Quantized, x: str, *, bias: str, name: str, output: str) -> str:
         matrix = self.store(module, weight)

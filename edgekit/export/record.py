@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from edgekit.bundle import MODEL, WEIGHTS
+from edgekit.card import CARD, card_text
 from edgekit.checkpoint import Checkpoint
+from edgekit.folder import write_file
 from edgekit.manifest import Manifest, now, record_files, versions
 from edgekit.report import Measurement, Report
 
 
 def write_manifest(checkpoint: Checkpoint, folder: Path, measured: tuple[Measurement, ...]) -> Manifest:
-    """Write report.json and the manifest of the bundle in `folder`, whose other files are there."""
+    """Write report.json, the model card and the manifest of the bundle in `folder`, whose other files are there."""
     size = (folder / WEIGHTS).stat().st_size + (folder / MODEL).stat().st_size
     measured = (Measurement("size of graph and weights", size / 1e6, "MB"), *measured)
     found = versions("numpy", "onnx", "onnxruntime", "tokenizers")
@@ -20,10 +23,10 @@ def write_manifest(checkpoint: Checkpoint, folder: Path, measured: tuple[Measure
     )
     report.save(folder / "report.json")
     before = checkpoint.manifest
-    manifest = Manifest(
+    unfinished = Manifest(
         kind="bundle",
         source=checkpoint.source,
-        files=record_files(folder, [path.name for path in folder.iterdir()]),
+        files={},
         recipe=before.recipe if before else "",
         recipe_sha256=before.recipe_sha256 if before else "",
         seed=before.seed if before else 0,
@@ -32,5 +35,7 @@ def write_manifest(checkpoint: Checkpoint, folder: Path, measured: tuple[Measure
         versions=found,
         created=now(),
     )
+    write_file(folder / CARD, card_text(unfinished).encode())
+    manifest = replace(unfinished, files=record_files(folder, [path.name for path in folder.iterdir()]))
     manifest.save(folder)
     return manifest

@@ -1,12 +1,14 @@
 """Calibrate sparse attention: where the keys of each head lie, and how far they spread.
 
 The exact graph reads a text, and its own key cache is measured. For each key-value head of a sparse layer, over the
-rotated keys k of the text's tokens:
+rotated keys k of the text's tokens, each turned on to a position somewhere in the whole context:
 
     center = mean of k over the tokens            step = standard deviation of h(k - center), over tokens and channels
 
-h is the Hadamard transform of `edgekit.kernels.sparse`. Without a text the model writes one itself, at temperature 1
-from a fixed seed: no data is needed, and the keys are those that the model meets when it speaks.
+h is the Hadamard transform of `edgekit.kernels.sparse`. Where the text's tokens really stood, slow channels have hardly
+turned: their mean would be right for the beginning of a context and wrong for its end (docs/log.md). Without a text the
+model writes one itself, at temperature 1 from a fixed seed: no data is needed, and the keys are those that the model
+meets when it speaks.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekit.bundle import LayerCache
 from edgekit.errors import ModelError, UserError
 from edgekit.kernels import sparse
+from edgekit.model.config import Rope
+from edgekit.model.rope import frequencies
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.sampling import Sampler, Sampling
 from edgekit.weight import Floats
@@ -72,8 +77,8 @@ def written_text(engine: Engine, prompt: Sequence[int], *, tokens: int) -> list[
     return ids
 
 
-def calibrate(engine: Engine, layers: Sequence[LayerCache]) -> list[KeyStatistics]:
-    """The statistics of every layer, from the tokens in the engine's cache.
+def calibrate(engine: Engine, layers: Sequence[LayerCache], rope: Rope, *, context: int) -> list[KeyStatistics]:
+    """The statistics of every layer, from the tokens in the engine's cache, for a context of `context` positions.
 
     Raises UserError when they are too few, ModelError when keys are not numbers or all alike.
     """
@@ -83,9 +88,21 @@ def calibrate(engine: Engine, layers: Sequence[LayerCache]) -> list[KeyStatistic
     found = []
     for index in range(len(layers)):
         keys = engine.keys(index).astype(np.float32)
+        differ = bool((keys.std(axis=1) > 0).any(axis=1).all())
+        keys = _spread(keys, frequencies(rope, keys.shape[2]), context)
         center = keys.mean(axis=1, dtype=np.float64).astype(np.float32)
         step = sparse.hadamard(keys - center[:, None]).std(axis=(1, 2), dtype=np.float64).astype(np.float32)
-        if not (np.isfinite(center).all() and np.isfinite(step).all() and (step > 0).all()):
+        if not (np.isfinite(center).all() and np.isfinite(step).all() and differ):
             raise ModelError(f"keys must be numbers that differ: those of layer {index} are not; is the model damaged?")
         found.append(KeyStatistics(center, step))
     return found
+
+
+def _spread(keys: Floats, speeds: NDArray[np.float64], context: int) -> Floats:
+    """Keys (heads, n, d) of positions 0 to n - 1, turned on to n positions spread evenly over the context, shuffled."""
+    count = keys.shape[1]
+    position = np.random.default_rng(0).permutation(count) * (context / count)
+    angles = (position - np.arange(count))[:, None] * speeds
+    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    a, b = np.split(keys, 2, axis=2)
+    return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=2)

@@ -72,7 +72,10 @@ class Progress:
 
 
 class Task(nn.Module):  # type: ignore[misc]
-    """Student, teacher and loss as one module: windows in, the sum of their losses out."""
+    """Student, teacher and loss as one module: windows in, the sum of their losses out.
+
+    Where `scored` is None every token but a window's first is scored, and nothing waits for the device.
+    """
 
     def __init__(self, student: Decoder, teacher: Decoder | None, loss: Loss, piece: int) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class Task(nn.Module):  # type: ignore[misc]
         self.piece_function = losses.piece_loss
         self._teacher = [teacher]  # in a list: it is no part of what is trained, saved or sharded
 
-    def forward(self, ids: Tensor, scored: Tensor, loss: Loss | None = None) -> Tensor:
+    def forward(self, ids: Tensor, scored: Tensor | None, loss: Loss | None = None) -> Tensor:
         loss = loss or self.loss
         teacher = None
         with torch.no_grad():
@@ -95,11 +98,13 @@ class Task(nn.Module):  # type: ignore[misc]
         return losses.total_loss(student, teacher, targets, loss, piece=self.piece, piece_function=self.piece_function)
 
 
-def _before(states: Tensor, scored: Tensor, *, cut: bool = True) -> Tensor:
+def _before(states: Tensor, scored: Tensor | None, *, cut: bool = True) -> Tensor:
     """The rows (N, ...) that predict the scored tokens: those just before them."""
     states = states[:, :-1] if cut else states
-    at = scored[:, 1:]
     flat = states.reshape(-1, states.shape[-1])
+    if scored is None:
+        return flat
+    at = scored[:, 1:]
     return flat if bool(at.all()) else flat[at.reshape(-1)]
 
 

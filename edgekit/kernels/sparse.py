@@ -4,8 +4,12 @@ With h(x) = x H / sqrt(D), H the Hadamard matrix of size D, the head's channels 
 calibrated center mu and step s of the keys of a key-value head:
 
     code(k)     = clamp(floor(h(k - mu) / s) + 2, 0, 3)                 two bits a channel
-    estimate_j  = (a * s * sum_i Q_i (code_ji - 3/2) + q . mu) / sqrt(d)     Q = h(q) rounded to integers of -127..127
+    estimate_j  = (a * s * sum_i Q_i (code_ji - 3/2) + q . mu) / sqrt(d) + v / 2
+                  with Q = h(q) in integers of -127..127 and a their unit, v = 0.1188 |q|^2 s^2 / d
     w_j         = e^(estimate_j - the largest of all candidates)            for each query head, within 1 %
+
+0.1188 is the mean squared error of the code of a normal variable; a weight whose exponent is off by a normal error of
+variance v would be too small by e^(v/2) on average.
 
 Positions that are attended exactly, S: the newest `recent`, the first `sinks`, and of the others, the candidates, those
 whose estimate is nearest to the largest one in any query head of the group, `budget` in all. The other candidates count
@@ -29,6 +33,8 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import BLOCK, PAGE, code_width
 from edgekit.weight import Bytes, Floats, Halves
+
+CODE_ERROR = 0.1188  # mean squared error of the code of a normal variable, in squares of its deviation
 
 
 def hadamard(x: Floats) -> Floats:
@@ -89,6 +95,8 @@ def estimates(q: Floats, codes: Bytes, center: Floats, step: np.float32) -> NDAr
     products = integers.astype(np.float64) @ (codes.T - 1.5)
     logits: NDArray[np.float64] = (peak / 127 * step).astype(np.float64) * products + (q @ center)[:, None]
     logits /= np.sqrt(q.shape[-1])
+    variance = CODE_ERROR * (spread.astype(np.float64) ** 2).sum(-1, keepdims=True) * float(step) ** 2 / q.shape[-1]
+    logits += variance / 2
     return logits
 
 

@@ -7,8 +7,9 @@ that reads rows x_t (of T tokens in all), a step may ask for
     gram      sum_t x_t x_t^T               (in, in) float64
     mean_abs  1/T sum_t |x_t|               (in,) float64
     max_abs   max_t |x_t|                   (in,) float64
-    cross     sum_t x'_t x_t^T              x' what the uncompressed model's matrix reads there
+    cross     sum_t x'_t x_t^T              (in', in): x' what the uncompressed model's matrix W' reads there
     drift     sum_t (r'_t - r_t) x_t^T      (out, in): how far the residual stream has moved, for those that write to it
+    aim       W' cross + drift              (out, in): what those must add to the stream to bring it where it was
 
 Within a layer the stages are run one after another with what is compressed already, and each is run once: a stage is
 kept until a matrix before it changes. States lie in memory up to a limit, beyond it in files without a name, which the
@@ -44,6 +45,7 @@ from edgekit.weight import Floats, Weight
 PIECE = 8192  # characters of a plain text that are sampled as one document
 TOKENS_AT_ONCE = 2048
 FINAL_NORM = "model.norm.weight"
+WRITERS: dict[str, str] = {"mixed": "self_attn.o_proj", "gated": "mlp.down_proj"}  # who writes a stage to the stream
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -216,9 +218,9 @@ class LayerInputs:
         if self.original is not None:
             there, whole = self.original
             other, its_source = there._reads(whole, stage)
-            cross = torch.zeros(width, width, dtype=torch.float64)
-            drift = torch.zeros(self.config.hidden_size, width, dtype=torch.float64)
             its_layer = Layer.of(whole, self.config)
+            cross = torch.zeros(self._width(its_layer, stage), width, dtype=torch.float64)
+            drift = torch.zeros(self.config.hidden_size, width, dtype=torch.float64)
         for part in self._parts():
             rows = _at(layer, stage, x[part]).flatten(0, 1)
             sums.add(rows)
@@ -227,10 +229,14 @@ class LayerInputs:
                 cross += (rows_there.T @ rows).double()
                 moved = _tensor(its_source[part]) - _tensor(source[part])
                 drift += (moved.flatten(0, 1).T @ rows).double()
+        if cross is None or drift is None:
+            return sums.statistics(module)
+        writer = WRITERS.get(stage)
         return dataclasses.replace(
             sums.statistics(module),
-            cross=None if cross is None else cross.numpy(),
-            drift=None if drift is None else drift.numpy(),
+            cross=cross.numpy(),
+            drift=drift.numpy(),
+            aim=None if writer is None else (its_layer.matrices[writer].double() @ cross + drift).numpy(),
         )
 
     def _reads(self, block: Block, stage: Stage) -> tuple[Floats, Floats]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,7 +42,7 @@ from edgekit.quant.grid import Grid, fit, in_blocks, round_to_grid, squared_erro
 from edgekit.quant.hqq import hqq
 from edgekit.quant.scaling import awq_scales, scaled
 from edgekit.step import Changes, Fact, Inputs, InputStatistics, Needs, Outline, Prediction, StepContext
-from edgekit.weight import Dense, Floats, Quantized, Weight, concatenate
+from edgekit.weight import Dense, Factored, Floats, Quantized, Weight, concatenate, of_parts, stored_parts
 
 Method = Literal["rtn", "gptq", "awq", "hqq"]
 TABLE = "model.embed_tokens"
@@ -157,34 +157,61 @@ def quantise_block(
     *,
     search: bool,
 ) -> tuple[Block, Changes]:
-    """The block with each matrix on the grid that `grid_for` names, in the order in which they run."""
+    """The block with each matrix on the grid that `grid_for` names, in the order in which they run; of a factored one
+    each factor, by the names of `stored_parts`."""
     now = Block(block.name, dict(block.matrices), block.vectors)
     plain, output = [], []
     skipped: list[Skip] = []
     for module in in_order(block.matrices):
-        weight = block.matrices[module]
-        grid = grid_for(module, weight)
-        if isinstance(grid, Skip):
-            skipped.append(grid)
-            continue
-        W = weight.dense()
-        found = _statistics(now, context.inputs, module, grid) if method == "gptq" else None
-        if found is None:
-            rounded = hqq_rounded(W, grid, module) if method == "hqq" and grid.bits < 8 else None
-            rounded = rounded or round_to_grid(W, grid, where=module, search=search)
-        else:
-            tied = TIED if module == TABLE else compensation.damping
-            rounded, errors = compensated(
-                W, found, grid, dataclasses.replace(compensation, damping=tied), module, search=search
-            )
-            output.append(errors)
-        plain.append(squared_error(W, rounded))
-        now.matrices[module] = rounded
+        whole = block.matrices[module]
+        parts: dict[str, Dense | Quantized] = dict(stored_parts(module, whole))
+        for name, weight in reversed(parts.items()):  # the last factor reads x
+            grid = grid_for(name, weight)
+            if isinstance(grid, Skip):
+                skipped.append(grid)
+                continue
+            W = weight.dense()
+            found = _statistics(now, context.inputs, module, grid) if method == "gptq" else None
+            if found is not None and isinstance(whole, Factored):
+                W, found = _factor(W, whole, list(parts.values()), found, first=name.endswith(".0"))
+            if found is None:
+                rounded = hqq_rounded(W, grid, name) if method == "hqq" and grid.bits < 8 else None
+                rounded = rounded or round_to_grid(W, grid, where=name, search=search)
+            else:
+                tied = TIED if module == TABLE else compensation.damping
+                rounded, errors = compensated(
+                    W, found, grid, dataclasses.replace(compensation, damping=tied), name, search=search
+                )
+                output.append(errors)
+            plain.append(squared_error(W, rounded))
+            parts[name] = rounded
+        now.matrices[module] = of_parts(whole, list(parts.values()))
     facts = rounding.facts_of(plain) if plain else {}
     if output:
         error, power = (math.fsum(column) for column in zip(*output, strict=True))
         facts["relative_output_error"] = Fact(math.sqrt(error / power) if power else 0.0, "rms", power)
     return now, Changes(len(plain), facts, tuple(skipped))
+
+
+def _factor(
+    W: Floats, whole: Factored, now: Sequence[Dense | Quantized], found: InputStatistics, *, first: bool
+) -> tuple[Floats, InputStatistics | None]:
+    """What a factor is rounded to, and what it reads; None where that is not known, as within longer products.
+
+    Of low rank W = A B, B reads x; A reads B x with B as rounded, and is first fitted anew to that: with G the Gram
+    matrix of x, A' = A B G Bq^T (Bq G Bq^T)^-1.
+    """
+    if not whole.is_low_rank:
+        return W, None
+    alone = dataclasses.replace(found, cross=None, drift=None)
+    if not first:
+        return W, alone
+    B, rounded = (part.dense().astype(np.float64) for part in (whole.factors[1], now[1]))
+    gram = rounded @ found.gram @ rounded.T
+    damping = 1e-6 * np.trace(gram) / len(gram) + 1e-30
+    moved = np.linalg.solve(gram + damping * np.eye(len(gram)), rounded @ found.gram @ B.T)
+    refitted = (W.astype(np.float64) @ moved.T).astype(np.float32)
+    return refitted, dataclasses.replace(alone, gram=gram)
 
 
 def _statistics(block: Block, inputs: Inputs | None, module: str, grid: Grid) -> InputStatistics | None:

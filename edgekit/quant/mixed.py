@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast, get_args
 
@@ -36,7 +36,7 @@ from edgekit.quant.knapsack import choose
 from edgekit.quant.lattice import nearest
 from edgekit.quant.methods import Compensation, Method, needs_of, quantise_block
 from edgekit.step import Changes, MatrixOutline, Needs, Outline, Prediction, StepContext
-from edgekit.weight import Quantized, Weight
+from edgekit.weight import Quantized, Weight, of_parts, owner_of, stored_parts
 
 if TYPE_CHECKING:
     from edgekit.calibrate import Survey
@@ -164,11 +164,15 @@ class Mixed:
                 error = smaller.dense() - W
                 found.append((_line(grid_of(smaller)), smaller.size_bytes, curvature.loss(error)))
         importance = np.asarray(squares, np.float32)
+        parts = [part.dense() for _, part in stored_parts(module, weight)]
         for grid in grids:
-            if weight.shape[1] < grid.block:
+            if any(part.shape[1] < grid.block for part in parts):
                 continue
-            error = round_to_grid(W, grid, where=module, importance=importance, search=self.search).dense() - W
-            found.append((_line(grid), grid.size_bytes(weight.shape), curvature.loss(error)))
+            known = importance if len(parts) == 1 else None  # of a factored matrix it is no weight of its columns
+            rounded = [round_to_grid(part, grid, where=module, importance=known, search=self.search) for part in parts]
+            error = of_parts(weight, rounded).dense() - W
+            size_bytes = sum(part.size_bytes for part in rounded)
+            found.append((_line(grid), size_bytes, curvature.loss(error)))
         return found or [(KEEP, weight.size_bytes, 0.0)]
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
@@ -178,7 +182,7 @@ class Mixed:
         after, changes = quantise_block(
             start,
             context,
-            lambda module, weight: self._grid_for(module, weight, block.matrices[module]),
+            lambda part, weight: self._grid_for(part, weight, dict(_parts(block))[part]),
             self.method,
             self._compensation,
             search=self.search,
@@ -197,9 +201,9 @@ class Mixed:
     def _grid_for(self, module: str, weight: Weight, before: Weight) -> Grid | Skip:
         if weight is not before:
             return Skip(module, "its codes stay, its scales have 8 bits now")
-        if module not in self.formats:
+        if owner_of(module) not in self.formats:
             return Skip(module, "the plan does not name it")
-        grid = self.formats[module]
+        grid = self.formats[owner_of(module)]
         return Skip(module, "the plan keeps it") if grid is None else grid
 
     def predict(self, outline: Outline, context: StepContext) -> Prediction:
@@ -209,11 +213,19 @@ class Mixed:
             if grid is None:
                 matrices[module] = matrix
                 continue
-            matrices[module] = MatrixOutline(matrix.shape, grid.size_bytes(matrix.shape), dense=False)
-            rows, columns = matrix.shape
-            seconds += (rows * columns**2 + 4.0 * columns**3) / 2e10
+            parts = [
+                MatrixOutline(part.shape, grid.size_bytes(part.shape), dense=False)
+                for part in matrix.factors or (matrix,)
+            ]
+            matrices[module] = matrix.with_factors(tuple(parts)) if matrix.factors else parts[0]
+            seconds += sum((rows * columns**2 + 4.0 * columns**3) / 2e10 for rows, columns in (p.shape for p in parts))
         workspace = max((28 * shape[0] * shape[1] for shape in (m.shape for m in outline.matrices.values())), default=0)
         return Prediction(Outline(outline.name, matrices, outline.vector_bytes), seconds, workspace)
+
+
+def _parts(block: Block) -> Iterator[tuple[str, Weight]]:
+    for module, weight in block.matrices.items():
+        yield from stored_parts(module, weight)
 
 
 def grid_of(weight: Quantized) -> Grid:

@@ -2,7 +2,8 @@
 
 Linear layers of all decoder layers go to the step's own bits; the token table and the head (a third of a small model,
 and its most sensitive matrices) have an option of their own. A tied table is stored once and rounded once. Norms and
-biases stay float. No data is needed. Without `search` a matrix that lies on the grid already is kept exactly.
+biases stay float, and of a factored matrix each factor is rounded. No data is needed.
+Without `search` a matrix that lies on the grid already is kept exactly.
 The grid itself, and the error that it can make at most: `edgekit.quant.grid`.
 """
 
@@ -31,7 +32,7 @@ from edgekit.quant.grid import (
     squared_error,
 )
 from edgekit.step import Changes, Fact, MatrixOutline, Needs, Outline, Prediction, StepContext
-from edgekit.weight import Dense, Floats, Weight
+from edgekit.weight import Dense, Floats, Quantized, Weight, of_parts, owner_of, stored_parts
 
 Embedding = Literal["int2", "int3", "int4", "int5", "int6", "int8", "keep"]
 TABLE_BITS: dict[Embedding, Bits] = {"int2": 2, "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8}
@@ -132,7 +133,7 @@ def grid_for(step: Rounding, module: str, shape: tuple[int, int], *, dense: bool
     """The grid for one matrix, or why it stays as it is."""
     grid = Grid(step.bits, step.block, step.offset, step.scales)
     for pattern in step.skip:
-        if fnmatchcase(module, pattern):
+        if fnmatchcase(owner_of(module), pattern):
             return Skip(module, f"matches the pattern {pattern} of skip")
     if not dense:
         return Skip(module, "is quantised already")
@@ -151,15 +152,18 @@ def _apply(step: Rounding, block: Block) -> tuple[Block, Changes]:
     errors: list[tuple[float, float]] = []
     skipped: list[Skip] = []
     for module, weight in block.matrices.items():
-        grid = grid_for(step, module, weight.shape, dense=isinstance(weight, Dense))
-        if isinstance(grid, Skip):
-            skipped.append(grid)
-            matrices[module] = weight
-            continue
-        W = weight.dense()
-        rounded = round_to_grid(W, grid, where=module, search=step.search)
-        errors.append(squared_error(W, rounded))
-        matrices[module] = rounded
+        parts: list[Dense | Quantized] = []
+        for name, part in stored_parts(module, weight):
+            grid = grid_for(step, name, part.shape, dense=isinstance(part, Dense))
+            if isinstance(grid, Skip):
+                skipped.append(grid)
+                parts.append(part)
+                continue
+            W = part.dense()
+            rounded = round_to_grid(W, grid, where=name, search=step.search)
+            errors.append(squared_error(W, rounded))
+            parts.append(rounded)
+        matrices[module] = of_parts(weight, parts)
     changes = Changes(len(errors), facts_of(errors) if errors else {}, tuple(skipped))
     return Block(block.name, matrices, block.vectors), changes
 
@@ -178,12 +182,15 @@ def _predict(step: Rounding, outline: Outline) -> Prediction:
     matrices: dict[str, MatrixOutline] = {}
     seconds = 0.0
     for module, matrix in outline.matrices.items():
-        grid = grid_for(step, module, matrix.shape, dense=matrix.dense)
-        if isinstance(grid, Skip):
-            matrices[module] = matrix
-            continue
-        matrices[module] = MatrixOutline(matrix.shape, grid.size_bytes(matrix.shape), dense=False)
-        seconds += math.prod(matrix.shape) * _seconds_a_weight(grid, step.search)
+        parts = []
+        for index, part in enumerate(matrix.factors or (matrix,)):
+            name = f"{module}.factors.{index}" if matrix.factors else module
+            grid = grid_for(step, name, part.shape, dense=part.dense)
+            if isinstance(grid, Grid):
+                part = MatrixOutline(part.shape, grid.size_bytes(part.shape), dense=False)
+                seconds += math.prod(part.shape) * _seconds_a_weight(grid, step.search)
+            parts.append(part)
+        matrices[module] = matrix.with_factors(tuple(parts)) if matrix.factors else parts[0]
     return Prediction(Outline(outline.name, matrices, outline.vector_bytes), seconds, 10 * 4 * CHUNK_WEIGHTS)
 
 

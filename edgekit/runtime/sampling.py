@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,23 @@ class Sampling:
         for name, rule, holds in rules:
             if not holds:
                 raise UserError(f"{name} must be {rule}: got {getattr(self, name)}")
+
+
+class Constraint(Protocol):
+    """What an answer must keep to, token by token, such as a JSON schema (`edgekit.assistant.structure`)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete, so that nothing may follow."""
+        ...
+
+    def allow(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A copy of `logits` (V,) with -inf for each token that may not come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on after `token`, which was allowed. Raises ModelError when the constraint cannot be followed further."""
+        ...
 
 
 class Choice(NamedTuple):

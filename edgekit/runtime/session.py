@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from edgekit.bundle import MODEL, Bundle
 from edgekit.errors import ContextOverflow, ModelError, UserError
 from edgekit.host import host_device
-from edgekit.runtime.budget import MemoryPlan, plan_memory
+from edgekit.runtime.budget import PREFILL_CHUNK, MemoryPlan, plan_memory
 from edgekit.runtime.engine import Engine
-from edgekit.runtime.sampling import Sampler, Sampling
+from edgekit.runtime.sampling import Constraint, Sampler, Sampling
 from edgekit.runtime.template import ChatTemplate, Message
 from edgekit.runtime.text import TextStream, whole
 
@@ -48,6 +48,7 @@ class Session:
     """One loaded bundle and the cache of one conversation.
 
     It makes one answer at a time: `current` is the latest, and those before it cannot go on. Not for several threads.
+    `go_on` is asked before each run of the model, one token or a piece of the prompt: an answer ends where it says no.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
@@ -56,6 +57,7 @@ class Session:
         self.tokenizer = tokenizer
         self.template = template
         self.current: Generation | None = None
+        self.go_on: Callable[[], bool] = lambda: True
 
     @classmethod
     def open(
@@ -122,10 +124,12 @@ class Session:
         max_tokens: int = 512,
         sampling: Sampling = Sampling(),  # noqa: B008  frozen
         stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Begin an answer; iterate over the result to get its text piece by piece.
 
-        Tokens that the prompt shares with what is in the cache are not computed again.
+        Tokens that the prompt shares with what is in the cache are not computed again. `constraint` is what the answer
+        keeps to as far as it goes: `max_tokens` may cut it.
         Raises ContextOverflow when the prompt leaves no room for an answer.
         """
         if max_tokens < 1:
@@ -135,13 +139,16 @@ class Session:
         if len(ids) >= self.engine.context:
             raise ContextOverflow(len(ids), self.engine.context, self.bundle.spec.cache_bytes(len(ids)))
         timing = Timing(tokenize=time.perf_counter() - begin)
-        return Generation(self, ids, max_tokens=max_tokens, sampling=sampling, stop=stop, timing=timing)
+        return Generation(
+            self, ids, max_tokens=max_tokens, sampling=sampling, stop=stop, constraint=constraint, timing=timing
+        )
 
 
 class Generation:
     """An answer in the making. Iterate for its text; the fields are final when the iteration ends.
 
-    `finish_reason`: "stop" (the model ended it, or a stop string), "length" (max_tokens), "context" (no room left).
+    `finish_reason`: "stop" (the model ended it, a stop string, or it is all that its constraint allows), "length"
+    (max_tokens), "context" (no room left); None where the session was told not to go on.
     """
 
     def __init__(
@@ -152,6 +159,7 @@ class Generation:
         max_tokens: int,
         sampling: Sampling,
         stop: Sequence[str],
+        constraint: Constraint | None,
         timing: Timing,
     ) -> None:
         self.prompt_tokens = len(ids)
@@ -163,6 +171,7 @@ class Generation:
         self._prompt = ids
         self._max_tokens = max_tokens
         self._sampler = Sampler(sampling)
+        self._constraint = constraint
         self._stream = TextStream(session.tokenizer, stop=stop)
         self._pieces = self._generate()
 
@@ -174,17 +183,20 @@ class Generation:
         return "".join(self._pieces)
 
     def _generate(self) -> Iterator[str]:
-        engine, timing = self._session.engine, self.timing
+        engine, timing, constraint = self._session.engine, self.timing, self._constraint
         self._session.current = self
         history = list(self._prompt)
         self.reused_tokens = _shared(engine.tokens, history[:-1])  # the last token must run, to give logits
         engine.rewind(self.reused_tokens)
         clock = time.perf_counter()
-        logits = engine.forward(history[self.reused_tokens :])[-1]
+        for start in range(self.reused_tokens, len(history), PREFILL_CHUNK):
+            if not self._session.go_on():
+                return
+            logits = engine.forward(history[start : start + PREFILL_CHUNK])[-1]
         timing.prefill = time.perf_counter() - clock
         clock = time.perf_counter()
         while True:
-            token = self._sampler(logits, history)
+            token = self._sampler(logits if constraint is None else constraint.allow(logits), history)
             passed = time.perf_counter() - clock
             if self.tokens:
                 timing.gaps.append(passed)
@@ -195,11 +207,16 @@ class Generation:
             if token in self._session.bundle.spec.eos_ids:
                 self.finish_reason = "stop"
                 break
+            if constraint is not None:
+                constraint.accept(token)
             if text := self._stream.push(token):
                 yield text
             if self._stream.stopped is not None:
                 self.finish_reason = "stop"
                 return
+            if constraint is not None and constraint.done:
+                self.finish_reason = "stop"
+                break
             if len(self.tokens) >= self._max_tokens:
                 self.finish_reason = "length"
                 break
@@ -208,6 +225,8 @@ class Generation:
                 break
             if self._session.current is not self:
                 raise UserError("a session makes one answer at a time: another began before this one had ended")
+            if not self._session.go_on():
+                break
             clock = time.perf_counter()  # what the reader of the text does in between is not counted
             logits = engine.forward([token])[-1]
         if text := self._stream.finish():

@@ -44,14 +44,21 @@ void encode(const float* key, const float* center, float step, int64_t head_dim,
   }
 }
 
-// The query as integers: estimates are factor * (sum of code * integer) + constant.
+// The mean squared error of the code of a normal variable, in steps of its deviation.
+constexpr float kCodeError = 0.1188f;
+
+// The query as integers: estimates are factor * (sum of code * integer) + constant. An estimate that is off by a normal
+// error of variance v has e^(v / 2) too small a weight on average, which the constant makes up for.
 void encode_query(const float* q, const float* center, float step, float scale, int64_t head_dim, int64_t width,
                   float* spread, int8_t* codes, float* factor, float* constant) {
-  float shift = 0.0f, peak = 0.0f;
+  float shift = 0.0f, peak = 0.0f, squares = 0.0f;
   for (int64_t i = 0; i < width; ++i) spread[i] = i < head_dim ? q[i] : 0.0f;
   for (int64_t i = 0; i < head_dim; ++i) shift += q[i] * read(center + i);
   hadamard(spread, width);
-  for (int64_t i = 0; i < width; ++i) peak = fabsf(spread[i]) > peak ? fabsf(spread[i]) : peak;
+  for (int64_t i = 0; i < width; ++i) {
+    peak = fabsf(spread[i]) > peak ? fabsf(spread[i]) : peak;
+    squares += spread[i] * spread[i];
+  }
   const float unit = peak > 0.0f ? 127.0f / peak : 0.0f;
   int32_t total = 0;
   for (int64_t i = 0; i < width; ++i) {
@@ -60,7 +67,8 @@ void encode_query(const float* q, const float* center, float step, float scale, 
     total += codes[i];
   }
   *factor = peak / 127.0f * step * scale;
-  *constant = shift * scale - 1.5f * static_cast<float>(total) * *factor;
+  const float variance = kCodeError * squares * step * scale * step * scale;
+  *constant = shift * scale - 1.5f * static_cast<float>(total) * *factor + 0.5f * variance;
 }
 
 // Estimates of the blocks first..last, for `Heads` query heads from `head`.
