@@ -21,13 +21,25 @@ Row = tuple[str, int, int, str]  # module, out, in, how it is stored
 
 @click.command(short_help="Show what a model, checkpoint or bundle is made of.")
 @click.argument("model")
+@click.option("--entanglement", is_flag=True, help="Show how far each matrix could be cut (edgekit.tn.entanglement).")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), multiple=True, help="With text: of what is really read."
+)
+@click.option("--map", "map_file", type=click.Path(path_type=Path), help="Write its heat map to a .png or .html file.")
 @json_option
-def inspect(model: str, as_json: bool) -> None:
+def inspect(
+    model: str, entanglement: bool, calibration: tuple[Path, ...], map_file: Path | None, as_json: bool
+) -> None:
     """Show where MODEL comes from, what was done to it, and what it is made of.
 
     \b
     edgekit inspect small
     """
+    if entanglement:
+        _inspect_entanglement(model, calibration, map_file, as_json=as_json)
+        return
+    if calibration or map_file:
+        raise click.UsageError("--calibration and --map belong to --entanglement")
     from edgekit.manifest import NAME, Manifest
 
     ours = os.path.isfile(os.path.join(model, NAME))
@@ -91,6 +103,37 @@ def _inspect_checkpoint(model: str, *, as_json: bool) -> None:
     _print_table(rows)
     total = sum(out * columns for _, out, columns, _ in rows)
     _print(f"{total / 1e6:.1f} million parameters in {len(rows)} matrices")
+
+
+def _inspect_entanglement(model: str, calibration: tuple[Path, ...], map_file: Path | None, *, as_json: bool) -> None:
+    from rich.table import Table
+
+    from edgekit.model.sources import open_model
+    from edgekit.report import plain
+    from edgekit.step import CalibrationOptions
+    from edgekit.tn.entanglement import survey_entanglement, write_map
+
+    with stages("opening the model", quiet=as_json) as tell:
+        checkpoint = open_model(model, progress=tell)
+        windows = None
+        if calibration:
+            from edgekit.model.calibration import token_windows
+
+            options = CalibrationOptions(tuple(map(str, calibration)), samples=8)
+            windows = token_windows(checkpoint, options, seed=0)
+        rows = survey_entanglement(checkpoint, windows, on_block=lambda done, total: tell(f"layer {done} of {total}"))
+    if map_file is not None:
+        write_map(rows, map_file, title=f"Entanglement of {checkpoint.source.name}")
+    if as_json:
+        print_json({"entanglement": [dataclasses.asdict(row) for row in rows]})
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("matrix", "cut", "dimension", "entropy", "effective rank", "holds 99 %"):
+        table.add_column(heading, justify="left" if heading in ("matrix", "cut") else "right")
+    for row in rows:
+        numbers = (str(row.dimension), f"{row.entropy:.2f}", f"{row.effective_rank:.1f}", str(row.rank99))
+        table.add_row(plain(row.module), row.cut, *numbers)
+    output().print(table)
 
 
 def _matrices(checkpoint: Checkpoint) -> list[Row]:

@@ -1,0 +1,168 @@
+"""How strongly the two sides of a cut through a matrix depend on each other: the guide for where to cut.
+
+Cut between rows and columns (the bond of low rank), or between the first and the second half of the sites (the bond of
+a matrix product operator), a matrix has Schmidt values s_k: its singular values across the cut. With p_k = s_k^2 / sum,
+
+    entropy S = - sum_k p_k ln p_k       effective rank exp(S)       rank99: values that hold 99 % of the squared norm
+
+A low effective rank against the dimension means that the cut costs little. With calibration text the values are those of
+the outputs (`edgekit.tn.whitening`), which is what truncation will really lose; for the second cut there is no such
+metric, so it is always of the weights alone. Source: Schmidt spectra as in Schollwoeck, arXiv 1008.3477, section 4.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edgekit.checkpoint import Block, Checkpoint
+from edgekit.errors import ModelError, UserError
+from edgekit.model.stages import LINEARS, in_order, stage_of
+from edgekit.tn.mpo import schmidt_values, site_shapes
+from edgekit.tn.whitening import Doubles, spectrum
+
+if TYPE_CHECKING:
+    from edgekit.model.calibration import Windows
+
+Cut = Literal["rows", "sites"]
+HELD = 0.99  # of the squared norm, for rank99
+
+
+@dataclass(frozen=True)
+class Entanglement:
+    """Of one matrix across one cut. `dimension` is the number of Schmidt values."""
+
+    module: str
+    cut: Cut
+    dimension: int
+    entropy: float
+    effective_rank: float
+    rank99: int
+
+    @property
+    def share(self) -> float:
+        """Effective rank over the dimension: near 1, nothing can be cut."""
+        return self.effective_rank / self.dimension
+
+
+def entanglement(values: Doubles, *, module: str, cut: Cut) -> Entanglement:
+    """From Schmidt values (k,), descending. Raises ModelError: they are all zero or not finite."""
+    squares = np.square(values)
+    total = float(squares.sum())
+    if not 0 < total < math.inf:
+        raise ModelError(f"a matrix must be finite and not zero to have a spectrum: {module} is not")
+    p = squares / total
+    entropy = float(-(p[p > 0] * np.log(p[p > 0])).sum())
+    rank = int(np.argmax(np.cumsum(p) >= HELD - 1e-12)) + 1
+    return Entanglement(module, cut, len(p), entropy, math.exp(entropy), rank)
+
+
+def survey_entanglement(
+    checkpoint: Checkpoint,
+    windows: Windows | None = None,
+    *,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Entanglement]:
+    """Every linear of every decoder layer across both cuts, with `windows` in the metric of what it reads."""
+    found = []
+    layers = sum(name.startswith("layers.") for name in checkpoint.blocks)
+    for done, (block, grams) in enumerate(_layers(checkpoint, windows), 1):
+        for module in in_order(block.matrices):
+            if stage_of(module) is None:
+                continue
+            W = block.matrices[module].dense()
+            seen = spectrum(W, grams(module), where=module)
+            found.append(entanglement(seen.values, module=module, cut="rows"))
+            if (sites := site_shapes(W.shape, 2)) is not None:
+                found.append(entanglement(schmidt_values(W, sites, 1), module=module, cut="sites"))
+        on_block(done, layers)
+    return found
+
+
+def _layers(checkpoint: Checkpoint, windows: Windows | None) -> Iterator[tuple[Block, Callable[[str], Doubles | None]]]:
+    """Each decoder layer, and what is known of its matrices' inputs."""
+    names = [name for name in checkpoint.blocks if name.startswith("layers.")]
+    if windows is None:
+        for name in names:
+            yield checkpoint.read_block(name), lambda module: None
+        return
+    import tempfile
+
+    import psutil
+
+    from edgekit.model.calibration import Room, Stream
+
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        stream = Stream(windows, checkpoint.decoder, Room(Path(folder), psutil.virtual_memory().available // 2))
+        stream.begin(checkpoint.weight("model.embed_tokens"))
+        for name in names:
+            block, inputs = checkpoint.read_block(name), stream.inputs()
+            yield block, lambda module, block=block, inputs=inputs: inputs.statistics(block, module).gram
+            stream.advance(inputs, block)
+
+
+# --- the heat map -----------------------------------------------------------------------------------------------------
+
+
+def heat(rows: Sequence[Entanglement], cut: Cut) -> tuple[list[str], list[str], Doubles]:
+    """(linears, layers, effective rank over dimension (linears, layers), NaN where there is none)."""
+    shares = {row.module: row.share for row in rows if row.cut == cut}
+    layers = sorted({module.split(".")[2] for module in shares}, key=int)
+    values = [[shares.get(f"model.layers.{layer}.{leaf}", math.nan) for layer in layers] for leaf in LINEARS]
+    return list(LINEARS), layers, np.array(values, np.float64)
+
+
+def write_map(rows: Sequence[Entanglement], path: Path, *, title: str) -> None:
+    """Write the heat maps of both cuts to a .png (needs matplotlib) or a self-contained .html. Raises UserError."""
+    if path.suffix == ".html":
+        path.write_text(_page(rows, title), encoding="utf-8")
+    elif path.suffix == ".png":
+        _picture(rows, path, title)
+    else:
+        raise UserError(f"a map is written to a .png or a .html file: got {path}")
+
+
+def _page(rows: Sequence[Entanglement], title: str) -> str:
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for cut in ("rows", "sites"):
+        leaves, layers, values = heat(rows, cut)
+        head = "".join(f"<th>{html.escape(layer)}</th>" for layer in layers)
+        parts.append(f"<h2>cut between {cut}: effective rank over dimension</h2><table><tr><th></th>{head}</tr>")
+        for leaf, line in zip(leaves, values, strict=True):
+            cells = "".join(
+                "<td></td>"
+                if math.isnan(value)
+                else f'<td style="background:hsl(215 70% {95 - 60 * value:.0f}%)"'
+                f' title="{value:.3f}">{100 * value:.0f}</td>'
+                for value in line
+            )
+            parts.append(f"<tr><th>{html.escape(leaf)}</th>{cells}</tr>")
+        parts.append("</table>")
+    style = "body{font:14px system-ui,sans-serif}td,th{padding:2px 5px;text-align:right}"
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    return f"<!doctype html>{head}<title>{html.escape(title)}</title><style>{style}</style>{''.join(parts)}"
+
+
+def _picture(rows: Sequence[Entanglement], path: Path, title: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as problem:
+        raise UserError("a .png needs matplotlib: pip install matplotlib, or write a .html") from problem
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(title)
+    for place, cut in enumerate(("rows", "sites"), 1):
+        leaves, layers, values = heat(rows, cut)  # type: ignore[arg-type]
+        axes = figure.add_subplot(2, 1, place)
+        image = axes.imshow(values, aspect="auto", vmin=0.0, vmax=1.0, cmap="Blues")
+        axes.set_title(f"cut between {cut}: effective rank over dimension")
+        axes.set_yticks(range(len(leaves)), leaves)
+        axes.set_xticks(range(len(layers)), layers)
+        figure.colorbar(image, ax=axes)
+    figure.savefig(path)
