@@ -30,7 +30,7 @@ def test_known_spectra() -> None:
 
 @pytest.mark.parametrize("values", [np.zeros(3), np.array([np.nan, 1.0]), np.array([np.inf])])
 def test_no_spectrum(values: np.ndarray) -> None:
-    with pytest.raises(ModelError, match="not zero.*up_proj"):
+    with pytest.raises(ModelError, match=r"not zero.*up_proj"):
         entanglement(values, module="up_proj", cut="rows")
 
 

@@ -5,8 +5,8 @@ a matrix product operator), a matrix has Schmidt values s_k: its singular values
 
     entropy S = - sum_k p_k ln p_k       effective rank exp(S)       rank99: values that hold 99 % of the squared norm
 
-A low effective rank against the dimension means that the cut costs little. With calibration text the values are those of
-the outputs (`edgekit.tn.whitening`), which is what truncation will really lose; for the second cut there is no such
+A low effective rank against the dimension means that the cut costs little. With calibration text the values are those
+of the outputs (`edgekit.tn.whitening`), which is what truncation will really lose; for the second cut there is no such
 metric, so it is always of the weights alone. Source: Schmidt spectra as in Schollwoeck, arXiv 1008.3477, section 4.
 """
 
@@ -16,6 +16,7 @@ import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,7 @@ import numpy as np
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import ModelError, UserError
 from edgekit.model.stages import LINEARS, in_order, stage_of
+from edgekit.step import Inputs
 from edgekit.tn.mpo import schmidt_values, site_shapes
 from edgekit.tn.whitening import Doubles, spectrum
 
@@ -103,8 +105,12 @@ def _layers(checkpoint: Checkpoint, windows: Windows | None) -> Iterator[tuple[B
         stream.begin(checkpoint.weight("model.embed_tokens"))
         for name in names:
             block, inputs = checkpoint.read_block(name), stream.inputs()
-            yield block, lambda module, block=block, inputs=inputs: inputs.statistics(block, module).gram
+            yield block, partial(_gram, inputs, block)
             stream.advance(inputs, block)
+
+
+def _gram(inputs: Inputs, block: Block, module: str) -> Doubles:
+    return inputs.statistics(block, module).gram
 
 
 # --- the heat map -----------------------------------------------------------------------------------------------------
