@@ -63,14 +63,14 @@ RUNS = {
     run.name: run
     for run in (
         Run("int3", levels=THREE, rate=8e-4),
-        Run("int2", levels=Levels(2, 32, "minimum"), rate=1.5e-3, keep=False, seconds=190),
+        Run("int2", levels=Levels(2, 32, "minimum"), rate=1.5e-3, keep=False, seconds=140),
         Run("fifth", drop=FIFTH, table_trained=True, keep=False),
-        Run("fifth-int3", drop=FIFTH, levels=THREE, keep=False, seconds=180),
+        Run("fifth-int3", drop=FIFTH, levels=THREE, keep=False, seconds=140),
         Run("60MB", levels=WIDE, table=TABLE4, start="int3", table_trained=True, seconds=45, rate=5e-4),
         Run(
-            "53MB", drop=FIFTH, levels=WIDE, table=TABLE4, start="fifth-int3", table_trained=True, seconds=55, rate=6e-4
+            "53MB", drop=FIFTH, levels=WIDE, table=TABLE4, start="fifth-int3", table_trained=True, seconds=45, rate=6e-4
         ),
-        Run("45MB", drop=FIFTH, more=2, levels=WIDE, table=TABLE3, start="fifth-int3", table_trained=True, seconds=75),
+        Run("45MB", drop=FIFTH, more=2, levels=WIDE, table=TABLE3, start="fifth-int3", table_trained=True, seconds=50),
     )
 }
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import ek, ok
 from tiny import CORPUS, tiny_folder
 
-from edgekit.cli.inspect import inspect
 from edgekit.errors import ModelError, UserError
 from edgekit.model.sources import open_model
 from edgekit.tn.entanglement import entanglement, heat, survey_entanglement, write_map
@@ -56,20 +55,19 @@ def test_the_picture(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    tiny_folder(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("\n".join(CORPUS * 200))
+    model = tiny_folder(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(CORPUS * 200))
+    words = ("inspect", model, "--entanglement")
     plain, read = (
-        json.loads(CliRunner().invoke(inspect, arguments, catch_exceptions=False).stdout)["entanglement"]
-        for arguments in (
-            [str(tmp_path / "model"), "--entanglement", "--json"],
-            [str(tmp_path / "model"), "--entanglement", "--json", "--calibration", str(tmp_path / "text.txt")],
-        )
+        json.loads(ok(*words, "--json", *more).out)["entanglement"] for more in ((), ("--calibration", text))
     )
     assert len(plain) == len(read) == 28
     assert plain[0]["module"] == read[0]["module"] == "model.layers.0.self_attn.q_proj"
     assert plain[0]["effective_rank"] != read[0]["effective_rank"]
     assert plain[1] == read[1]  # between sites there is no metric
-    shown = CliRunner().invoke(inspect, [str(tmp_path / "model"), "--entanglement", "--map", str(tmp_path / "m.html")])
-    assert shown.exit_code == 0
-    assert "effective rank" in shown.output
+    assert "effective rank" in ok(*words, "--map", tmp_path / "m.html").out
     assert (tmp_path / "m.html").is_file()
+    text.write_text("too short")
+    assert "calibration text must fill" in ek(*words, "--calibration", text).err
+    assert "belong to --entanglement" in ek("inspect", model, "--map", tmp_path / "m.html").err

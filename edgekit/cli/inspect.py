@@ -115,13 +115,8 @@ def _inspect_entanglement(model: str, calibration: tuple[Path, ...], map_file: P
 
     with stages("opening the model", quiet=as_json) as tell:
         checkpoint = open_model(model, progress=tell)
-        windows = None
-        if calibration:
-            from edgekit.model.calibration import token_windows
-
-            options = CalibrationOptions(tuple(map(str, calibration)), samples=8)
-            windows = token_windows(checkpoint, options, seed=0)
-        rows = survey_entanglement(checkpoint, windows, on_block=lambda done, total: tell(f"layer {done} of {total}"))
+        text = CalibrationOptions(tuple(map(str, calibration)), samples=8) if calibration else None
+        rows = survey_entanglement(checkpoint, text, on_block=lambda done, total: tell(f"layer {done} of {total}"))
     if map_file is not None:
         write_map(rows, map_file, title=f"Entanglement of {checkpoint.source.name}")
     if as_json:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekit.errors import UserError
 from edgekit.heal.fake_quant import FakeQuant, Levels, as_half
 from edgekit.heal.multipliers import Multipliers
-from edgekit.weight import Dense, Quantized, Weight, unpack
+from edgekit.weight import Dense, Factored, Quantized, Weight, unpack
 
 
 class Matrix(nn.Module):  # type: ignore[misc]
@@ -133,8 +134,10 @@ def trainable_matrix(
 ) -> AnyMatrix:
     """The matrix for a stored weight. A quantised one is trained on its own grid, or with its codes `fixed`.
 
-    A float one is trained as it is, or on a grid of these `levels`.
+    A float one is trained as it is, or on a grid of these `levels`. Raises UserError: factors, which would be lost.
     """
+    if isinstance(weight, Factored):
+        raise UserError("healing trains whole matrices, not factors: heal first, and decompose afterwards")
     if isinstance(weight, Quantized):
         if fixed:
             codes: FixedCodes = FixedCodes(plain_scales(weight)).to(device)

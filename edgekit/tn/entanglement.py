@@ -18,19 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import ModelError, UserError
 from edgekit.model.stages import LINEARS, in_order, stage_of
-from edgekit.step import Inputs
+from edgekit.step import CalibrationOptions, Inputs
 from edgekit.tn.mpo import schmidt_values, site_shapes
 from edgekit.tn.whitening import Doubles, spectrum
-
-if TYPE_CHECKING:
-    from edgekit.model.calibration import Windows
 
 Cut = Literal["rows", "sites"]
 HELD = 0.99  # of the squared norm, for rank99
@@ -67,14 +64,17 @@ def entanglement(values: Doubles, *, module: str, cut: Cut) -> Entanglement:
 
 def survey_entanglement(
     checkpoint: Checkpoint,
-    windows: Windows | None = None,
+    text: CalibrationOptions | None = None,
     *,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Entanglement]:
-    """Every linear of every decoder layer across both cuts, with `windows` in the metric of what it reads."""
+    """Every linear of every decoder layer across both cuts, with `text` in the metric of what it reads.
+
+    Raises UserError: the text is missing or too short.
+    """
     found = []
     layers = sum(name.startswith("layers.") for name in checkpoint.blocks)
-    for done, (block, grams) in enumerate(_layers(checkpoint, windows), 1):
+    for done, (block, grams) in enumerate(_layers(checkpoint, text), 1):
         for module in in_order(block.matrices):
             if stage_of(module) is None:
                 continue
@@ -87,10 +87,12 @@ def survey_entanglement(
     return found
 
 
-def _layers(checkpoint: Checkpoint, windows: Windows | None) -> Iterator[tuple[Block, Callable[[str], Doubles | None]]]:
+def _layers(
+    checkpoint: Checkpoint, text: CalibrationOptions | None
+) -> Iterator[tuple[Block, Callable[[str], Doubles | None]]]:
     """Each decoder layer, and what is known of its matrices' inputs."""
     names = [name for name in checkpoint.blocks if name.startswith("layers.")]
-    if windows is None:
+    if text is None:
         for name in names:
             yield checkpoint.read_block(name), lambda module: None
         return
@@ -98,8 +100,9 @@ def _layers(checkpoint: Checkpoint, windows: Windows | None) -> Iterator[tuple[B
 
     import psutil
 
-    from edgekit.model.calibration import Room, Stream
+    from edgekit.model.calibration import Room, Stream, token_windows
 
+    windows = token_windows(checkpoint, text, seed=0)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         stream = Stream(windows, checkpoint.decoder, Room(Path(folder), psutil.virtual_memory().available // 2))
         stream.begin(checkpoint.weight("model.embed_tokens"))
