@@ -66,7 +66,7 @@ RUNS = {
         Run("int2", levels=Levels(2, 32, "minimum"), rate=1.5e-3, keep=False, seconds=140),
         Run("fifth", drop=FIFTH, table_trained=True, keep=False),
         Run("fifth-int3", drop=FIFTH, levels=THREE, keep=False, seconds=140),
-        Run("60MB", levels=WIDE, table=TABLE4, start="int3", table_trained=True, seconds=45, rate=5e-4),
+        Run("60MB", levels=WIDE, table=TABLE4, table_trained=True, seconds=80, rate=8e-4),
         Run(
             "53MB", drop=FIFTH, levels=WIDE, table=TABLE4, start="fifth-int3", table_trained=True, seconds=45, rate=6e-4
         ),

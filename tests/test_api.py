@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.assistant.api import ApiError, Extras, read_chat, read_completion, read_embedding, read_json
@@ -186,6 +186,7 @@ json_values = st.recursive(
 names = ("model", "messages", "stop", "tools", "tool_choice", "response_format", "stream_options", "edgekit", "seed")
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*names, "prompt", "input", "n", "max_tokens"]), json_values, max_size=6))
 def test_any_object_is_read_or_refused(data: dict[str, Any]) -> None:
     for read in (read_chat, read_completion, read_embedding):

@@ -55,6 +55,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     model = tiny_folder(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(CORPUS * 200))

@@ -22,6 +22,8 @@ from edgekit.quant.methods import Int4
 from edgekit.recipe import Recipe, parse_recipe
 from edgekit.step import CalibrationOptions, Step
 
+pytest.importorskip("torch", reason="torch is no part of the base install")
+
 LINE = "The quick brown fox jumps over the lazy dog; a small model runs on the device in your hand.\n"
 IDS = [tiny_tokenizer(384).encode(f"{number}. {LINE}").ids[:40] for number in (931, 977)]
 

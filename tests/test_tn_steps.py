@@ -19,6 +19,8 @@ from edgekit.model.sources import open_model
 from edgekit.recipe import parse_recipe
 from edgekit.weight import Factored, Quantized
 
+pytest.importorskip("torch", reason="torch is no part of the base install")
+
 UP = "model.layers.0.mlp.up_proj"
 SHAPE = (96, 64)
 

@@ -100,7 +100,10 @@ def _layers(
 
     import psutil
 
-    from edgekit.model.calibration import Room, Stream, token_windows
+    try:
+        from edgekit.model.calibration import Room, Stream, token_windows
+    except ModuleNotFoundError as problem:
+        raise UserError(f"--calibration needs {problem.name}: pip install 'edgekit[compress]'") from problem
 
     windows = token_windows(checkpoint, text, seed=0)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
