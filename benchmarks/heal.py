@@ -1,8 +1,8 @@
 """What layer-wise healing gives back on this CPU: SmolLM2-135M-Instruct at 3 bits, each layer matched to its original.
 
 The long end-to-end runs need a GPU: `heal_runs.py`. What they gave stands in docs/results/heal.jsonl and is checked
-here as it was recorded; rows named "recorded" are not measured by this program. A product's row is the best recorded state
-whose weights fit the size.
+here as it was recorded; rows named "recorded" are not measured by this program. A product's row is the best recorded
+state whose weights fit the size.
 "Back" is the share of the lost log-perplexity on raw WikiText-2 validation that healing regained.
 """
 
