@@ -83,7 +83,8 @@ class LlamaCpp:
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = self.CONTEXT, 512, 512
         if self.CONTEXT > 8192:  # longer than the model was trained for
             parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            parameters.rope_freq_scale = 1 / 8
+            parameters.rope_freq_scale = 1 / 16
+            parameters.n_seq_max, parameters.kv_unified = 2, True
         parameters.n_threads = parameters.n_threads_batch = THREADS
         self.context = llama_cpp.llama_init_from_model(model, parameters)
         self.memory = llama_cpp.llama_get_memory(self.context)
@@ -130,16 +131,37 @@ class EdgekitLong(Edgekit):
 
 
 class LlamaCppLong(LlamaCpp):
-    """llama.cpp with a long context, flash attention, and its own linear rope scaling."""
+    """llama.cpp with a long context, flash attention, and its own linear rope scaling.
 
-    CONTEXT = 32768 + 512
+    `fill` reads up to 8,192 tokens. Beyond, copies of what they left join the sequence, each turned on to its
+    positions, so that a token attends to as many cells as after a prompt of that length.
+    """
+
+    READ = 8192
+    COPIES = 4
+    CONTEXT = COPIES * READ + 512
 
     def fill(self, tokens: int) -> None:
-        self.c.llama_memory_clear(self.memory, True)
-        ids = prompt(tokens, 0)
-        for start in range(0, tokens, 512):
+        c, memory, read = self.c, self.memory, min(tokens, self.READ)
+        c.llama_memory_clear(memory, True)
+        ids = prompt(read, 0)
+        for start in range(0, read, 512):
             self._decode(ids[start : start + 512])
+        if tokens > read:
+            size = c.llama_state_seq_get_size(self.context, 0)
+            state = (ctypes.c_uint8 * size)()
+            if c.llama_state_seq_get_data(self.context, state, size, 0) != size:
+                raise RuntimeError("the state could not be read")
+        for copy in range(1, tokens // read):
+            if not c.llama_state_seq_set_data(self.context, state, size, 1):
+                raise RuntimeError("the state could not be written")
+            c.llama_memory_seq_add(memory, 1, 0, -1, copy * read)
+            c.llama_memory_seq_cp(memory, 1, 0, 0, -1)
+            c.llama_memory_seq_rm(memory, 1, -1, -1)
         self.filled = tokens
+        last = c.llama_memory_seq_pos_max(memory, 0)
+        if last != tokens - 1:
+            raise RuntimeError(f"the context must end at {tokens - 1}: it ends at {last}")
 
     def forget(self) -> None:
         self.c.llama_memory_seq_rm(self.memory, 0, self.filled, -1)

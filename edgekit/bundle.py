@@ -31,16 +31,11 @@ PAGE = 16  # positions that share a mean value in a sparse cache
 BLOCK = 256  # positions whose codes stand together there
 
 
-def code_width(head_dim: int) -> int:
-    """Channels of a position's code: the power of two, 32 or more, that `head_dim` is padded to."""
-    return max(32, 1 << (head_dim - 1).bit_length())
-
-
 @dataclass(frozen=True)
 class LayerCache:
     """The cache of one layer: keys and values of `kv_heads` heads of `head_dim` channels each.
 
-    A `sparse` layer also keeps 2-bit codes of the keys and mean values of pages (`edgekit.kernels.sparse`).
+    A `sparse` layer also keeps codes of the keys and mean values of pages (`edgekit.kernels.sparse`).
     """
 
     kv_heads: int
@@ -48,8 +43,8 @@ class LayerCache:
     sparse: bool = False
 
     def code_shape(self, tokens: int) -> tuple[int, ...]:
-        """The shape of a sparse layer's codes of `tokens` positions: whole blocks, two bits a channel."""
-        return 1, self.kv_heads, -(-tokens // BLOCK) * BLOCK * code_width(self.head_dim) // 4
+        """The shape of a sparse layer's codes of `tokens` positions: whole blocks, on average two bits a channel."""
+        return 1, self.kv_heads, -(-tokens // BLOCK) * BLOCK * self.head_dim // 4
 
     def mean_shape(self, tokens: int) -> tuple[int, ...]:
         """The shape of a sparse layer's mean values of `tokens` positions: one a page, whole blocks."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kernel_cases import Case, assert_close, every_path, needs_library, open_session, run_natively
 from numpy.typing import NDArray
 
-from edgekit.bundle import LayerCache, code_width
+from edgekit.bundle import LayerCache
+from edgekit.export.sparse import key_code
 from edgekit.kernels import sparse
 from edgekit.kernels.functions import function_bodies
 
@@ -38,15 +39,15 @@ def sparse_case(
     keys += rng.standard_normal((kv_heads, 1, head_dim)).astype(np.float16) * np.float16(2)  # keys have a mean
     values = rng.standard_normal((kv_heads, context, head_dim)).astype(np.float16)
     keys[:, first:], values[:, first:] = np.nan, np.nan
-    center = (
-        keys[:, : max(first, 1)].astype(np.float32).mean(1) if first else np.zeros((kv_heads, head_dim), np.float32)
-    )
-    step = rng.uniform(0.8, 1.2, kv_heads).astype(np.float32)
+    known = keys[:, :first].astype(np.float32) if first > 1 else rng.standard_normal((kv_heads, 9, head_dim))
+    queries = rng.standard_normal((kv_heads, 64, head_dim)).astype(np.float32)
+    found = [key_code(q, k.astype(np.float32)) for q, k in zip(queries, known, strict=True)]
+    center, encoder, decoder = map(np.stack, zip(*found, strict=True))
     codes = np.zeros(LayerCache(kv_heads, head_dim).code_shape(context), np.uint8)
     means = np.zeros(LayerCache(kv_heads, head_dim).mean_shape(context), np.float16)
     for head in range(kv_heads):
         old = keys[head, :first].astype(np.float32)
-        sparse.store(codes[0, head], sparse.encode(old, center[head], step[head]), 0)
+        sparse.store(codes[0, head], sparse.encode(old, center[head], encoder[head].T), 0, head_dim=head_dim)
         sparse.average(means[0, head], values[head, :first], 0)
     angles = np.arange(context)[:, None] * 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
     fed: dict[str, Any] = {
@@ -62,7 +63,8 @@ def sparse_case(
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
         "center": center,
-        "step": step,
+        "encoder": encoder,
+        "decoder": decoder,
     }
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "head_dim": head_dim, "local_window_size": -1}
     attributes |= {"sinks": sinks, "recent": recent, "followers": followers, "dense_below": dense_below}
@@ -164,8 +166,8 @@ def test_a_key_that_is_no_number_is_contained(where: int) -> None:
         ({"budget": np.array([1, 2], np.int32)}, "the budget must be one number"),
         ({"past_codes": np.zeros((1, 2, 7), np.uint8)}, r"past_codes must have shape \(1, 2, 8192\)"),
         ({"past_means": np.zeros((1, 2, 1, 64), np.float16)}, r"past_means must have shape \(1, 2, 32, 64\)"),
-        ({"step": np.array([1.0, 0.0], np.float32)}, "step must be above 0"),
-        ({"step": np.array([1.0, np.nan], np.float32)}, "step must be above 0"),
+        ({"encoder": np.zeros((2, 64, 47), np.float32)}, "encoder must have 6144 elements"),
+        ({"decoder": np.zeros((2, 64, 64), np.float32)}, "decoder must have 6144 elements"),
         ({"center": np.zeros((2, 63), np.float32)}, "center must have 128 elements"),
         ({"recent": 0}, "recent must be from 1"),
         ({"local_window_size": 16}, "local_window_size must be -1"),
@@ -179,23 +181,45 @@ def test_what_is_wrong_is_refused(changes: dict[str, Any], message: str) -> None
 
 
 @settings(max_examples=20, deadline=None)
-@given(first=st.integers(0, 600), count=st.integers(0, 300), head_dim=st.sampled_from([16, 32, 64, 80, 128]))
+@given(first=st.integers(0, 600), count=st.integers(0, 300), head_dim=st.sampled_from([16, 32, 64, 80, 96, 128, 256]))
 def test_codes_come_back_from_their_tiles(first: int, count: int, head_dim: int) -> None:
     rng = np.random.default_rng(first + count)
     packed = np.zeros(LayerCache(1, head_dim).code_shape(first + count), np.uint8)[0, 0]
-    codes = rng.integers(0, 4, (count, code_width(head_dim)), dtype=np.uint8)
-    sparse.store(packed, codes, first)
-    assert np.array_equal(sparse.load(packed, first + count, head_dim)[first:], codes)
+    fine, coded = sparse.fine_channels(head_dim), sparse.coded_channels(head_dim)
+    codes = rng.integers(0, np.repeat([16, 4], [fine, coded - fine]), (count, coded), dtype=np.uint8)
+    sparse.store(packed, codes, first, head_dim=head_dim)
+    assert np.array_equal(sparse.load(packed, first + count, head_dim=head_dim)[first:], codes)
+    assert 4 * fine + 2 * (coded - fine) == 2 * head_dim
 
 
 def test_the_transform_keeps_products() -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((2, 5, 80)).astype(np.float32)
+    a, b = rng.standard_normal((2, 5, 64)).astype(np.float32)
     np.testing.assert_allclose((sparse.hadamard(a) * sparse.hadamard(b)).sum(-1), (a * b).sum(-1), atol=1e-4)
+    assert np.abs(sparse.hadamard(sparse.hadamard(a)) - a).max() < 1e-6
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_calibrated_channels_estimate_better_than_the_keys_own(head_dim: int) -> None:
+    """Keys and queries that vary unlike each other, and a few channels that matter most, as those of real heads do."""
+    rng = np.random.default_rng(head_dim)
+    axes = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))[0]
+    of_keys, of_queries = 2.0 ** -np.arange(head_dim).clip(0, 8), 2.0 ** -np.arange(head_dim)[::-1].clip(0, 8)
+    k, test = (rng.standard_normal((2, 2000, head_dim)) * of_keys @ axes + 3).astype(np.float32)
+    q = (rng.standard_normal((500, head_dim)) * of_queries @ axes + 1).astype(np.float32)
+    center, encoder, decoder = key_code(q, k)
+
+    def error(encoder: NDArray[np.float32], decoder: NDArray[np.float32]) -> float:
+        t = sparse.estimates(q, sparse.encode(test, center, encoder.T), center, decoder.T)
+        return float(np.std(t * np.log(2) - q @ test.T / np.sqrt(head_dim)))
+
+    plain = np.eye(head_dim, dtype=np.float32)[:, : sparse.coded_channels(head_dim)]
+    step = (test - center).std(0)[:, None]
+    assert error(encoder, decoder) < 0.7 * error(plain / step, plain * step)
 
 
 def kept(estimated: NDArray[np.float64], **options: int) -> list[int]:
-    return list(np.flatnonzero(sparse.select(estimated, followers=0, **options)[0]))
+    return list(np.flatnonzero(sparse.select(np.exp(estimated.max(0)), followers=0, **options)[0]))
 
 
 def test_what_is_selected() -> None:
@@ -204,22 +228,24 @@ def test_what_is_selected() -> None:
     assert kept(estimated, budget=4, sinks=1, recent=1) == [0, 2, 4, 5]
     assert kept(estimated, budget=1, sinks=4, recent=32) == [5]
     assert kept(estimated, budget=3, sinks=0, recent=1) == [2, 4, 5]
-    exact, following = sparse.select(estimated, budget=1, sinks=0, recent=1, followers=2)
+    exact, following = sparse.select(np.exp(estimated.max(0)), budget=1, sinks=0, recent=1, followers=2)
     assert (list(np.flatnonzero(exact)), list(np.flatnonzero(following))) == ([5], [2, 4])
 
 
 def test_an_exact_estimate_with_page_means_of_equal_values_is_exact_attention() -> None:
     """When pages hold one value each and keys lie on the levels of their codes, nothing is approximated but q."""
     rng = np.random.default_rng(1)
-    total, d, step = 512, 64, np.float32(0.5)
-    levels = rng.integers(0, 4, (total, d)).astype(np.uint8)
-    keys = sparse.hadamard(((levels - 1.5) * step).astype(np.float32)).astype(np.float16)  # its own inverse
+    total, d = 512, 64
+    encoder = np.eye(d, dtype=np.float32)[: sparse.coded_channels(d)] * 4
+    offset = sparse.offsets(d)
+    levels = rng.integers(0, 2 * offset + 1, (total, len(offset))).astype(np.uint8)
+    keys = ((levels - offset) @ encoder / 16).astype(np.float16)
     values = rng.standard_normal((total // 16, d)).repeat(16, axis=0).astype(np.float16)
     means = np.zeros((32, d), np.float16)
     sparse.average(means, values, 0)
     center = np.zeros(d, np.float32)
-    assert np.array_equal(sparse.encode(keys.astype(np.float32), center, step), levels)
+    assert np.array_equal(sparse.encode(keys.astype(np.float32), center, encoder), levels)
     q = rng.standard_normal((3, d)).astype(np.float32)
-    y = sparse.attend(q, keys, values, levels, means, center, step, budget=8, sinks=1, recent=4, followers=0)
+    y = sparse.attend(q, keys, values, levels, means, center, encoder / 16, budget=8, sinks=1, recent=4, followers=0)
     scores = np.exp(q @ keys.astype(np.float32).T / 8)
     np.testing.assert_allclose(y, scores / scores.sum(-1, keepdims=True) @ values.astype(np.float32), atol=0.02)

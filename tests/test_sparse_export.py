@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,18 +11,17 @@ from kernel_cases import needs_library
 from tiny import tiny_folder
 
 from edgekit.bundle import DecoderSpec, LayerCache
-from edgekit.checkpoint import open_checkpoint
+from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.errors import ModelError, UserError
 from edgekit.export.export import export
 from edgekit.export.sparse import SparseOptions, calibrate
 from edgekit.export.targets import find_target, host_target
-from edgekit.model.config import Rope
 from edgekit.model.sources import open_model
 from edgekit.recipe import load_recipe
 from edgekit.report import Report
-from edgekit.runtime.engine import Engine
 from edgekit.runtime.session import Session
+from edgekit.weight import Dense
 
 OPTIONS = SparseOptions(budget=48, recent=8, sinks=2, dense_layers=1, dense_below=64)
 
@@ -125,13 +125,21 @@ def test_a_spec_must_have_a_budget_with_its_sparse_layers_alone() -> None:
     assert spec.cache_bytes(256) == 256 * 3 * (64 * 2 * 2 + 64 // 4 + 64 * 2 // 16)
 
 
-def test_keys_that_are_alike_are_refused() -> None:
-    class Stuck(Engine):
-        def __init__(self) -> None:
-            self.tokens = list(range(300))
-
-        def keys(self, layer: int) -> np.ndarray:  # type: ignore[type-arg]
-            return np.ones((2, 300, 64), np.float16)
-
+def test_keys_that_are_alike_are_refused(tmp_path: Path) -> None:
+    checkpoint = open_model(str(tiny_folder(tmp_path / "source", layers=1)))
     with pytest.raises(ModelError, match="keys must be numbers that differ"):
-        calibrate(Stuck(), [LayerCache(2, 64)], Rope(theta=1e4), context=4096)
+        calibrate(_Stuck(checkpoint), list(range(3, 300)) * 2, context=4096)
+
+
+class _Stuck:
+    """A checkpoint whose keys do not depend on the token."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.checkpoint, name)
+
+    def weight(self, module: str) -> Any:
+        weight = self.checkpoint.weight(module)
+        return Dense(np.zeros(weight.shape, np.float32)) if module.endswith("k_proj") else weight

@@ -19,7 +19,7 @@ from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
 from edgekit.export.record import write_manifest
-from edgekit.export.sparse import TOKENS, WRITTEN, KeyStatistics, SparseOptions, calibrate, written_text
+from edgekit.export.sparse import TOKENS, WRITTEN, KeyCode, SparseOptions, calibrate, written_text
 from edgekit.export.stock import stock_bits
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
@@ -85,7 +85,7 @@ def export(
             if config.sliding_window:
                 raise UserError("sparse attention needs attention to the whole context: the model has a sliding window")
             on_progress("calibrating sparse attention")
-            keys = _key_statistics(checkpoint, folder, longest, calibration)
+            keys = _key_codes(checkpoint, folder, longest, calibration)
             layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys)
         elif native:
             layers = build_native_decoder(checkpoint, folder, context=longest)
@@ -122,9 +122,12 @@ def export(
         return write_manifest(checkpoint, folder, measured)
 
 
-def _key_statistics(checkpoint: Checkpoint, folder: Path, context: int, text: str | None) -> list[KeyStatistics]:
-    """Calibrate on the exact graph, which is built in `folder` and taken away again."""
-    tokens = min(context, TOKENS)
+def _key_codes(checkpoint: Checkpoint, folder: Path, context: int, text: str | None) -> list[KeyCode]:
+    """Calibrate on a text, or on one that the exact graph writes, which is built in `folder` and taken away again."""
+    tokenizer = _tokenizer(checkpoint)
+    if text is not None:
+        return calibrate(checkpoint, tokenizer.encode(text).ids[: min(context, TOKENS)], context=context)
+    tokens = min(context, WRITTEN)
     layers = build_native_decoder(checkpoint, folder, context=tokens)
     config = checkpoint.decoder
     spec = DecoderSpec(
@@ -139,15 +142,10 @@ def _key_statistics(checkpoint: Checkpoint, folder: Path, context: int, text: st
         operators="edgekit",
     )
     engine = Engine(folder / MODEL, spec, context=tokens, threads=host_device().threads or 1)
-    tokenizer = _tokenizer(checkpoint)
-    if text is None:
-        written_text(engine, tokenizer.encode(PROMPTS[0]).ids[:tokens], tokens=min(tokens, WRITTEN))
-    elif ids := tokenizer.encode(text).ids[:tokens]:
-        engine.forward(ids)
-    found = calibrate(engine, layers, config.rope, context=context)
+    ids = written_text(engine, tokenizer.encode(PROMPTS[0]).ids[:tokens], tokens=tokens)
     for name in (MODEL, WEIGHTS):
         (folder / name).unlink()
-    return found
+    return calibrate(checkpoint, ids, context=context)
 
 
 def _check(

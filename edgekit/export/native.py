@@ -25,7 +25,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.export.fit import layer_caches
 from edgekit.export.graph import Graph
 from edgekit.export.parts import Parts
-from edgekit.export.sparse import KeyStatistics, SparseOptions
+from edgekit.export.sparse import KeyCode, SparseOptions
 from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
@@ -38,11 +38,11 @@ def build_native_decoder(
     *,
     context: int,
     sparse: SparseOptions | None = None,
-    keys: Sequence[KeyStatistics] = (),
+    keys: Sequence[KeyCode] = (),
 ) -> tuple[LayerCache, ...]:
     """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`.
 
-    With `sparse`, whose layers need the statistics `keys`, tokens attend to a part of a long cache.
+    With `sparse`, whose layers need the codes `keys`, tokens attend to a part of a long cache.
     """
     caches = layer_caches(checkpoint)
     if sparse is not None:
@@ -63,7 +63,7 @@ def runs_natively(checkpoint: Checkpoint) -> bool:
 class _NativeDecoder:
     """The flow of the graph: which node reads which."""
 
-    def __init__(self, parts: Parts, sparse: SparseOptions | None, keys: Sequence[KeyStatistics]) -> None:
+    def __init__(self, parts: Parts, sparse: SparseOptions | None, keys: Sequence[KeyCode]) -> None:
         self.parts = parts
         self.sparse = sparse
         self.keys = keys
@@ -107,10 +107,11 @@ class _NativeDecoder:
         further: dict[str, float] = {"epsilon": self.config.norm_eps} if normed else {}
         found: list[str] = []
         if cache.sparse and self.sparse is not None:
-            center, step = self.keys[index].center, self.keys[index].step
+            code = self.keys[index]
             found = [
-                self.graph.constant(f"{prefix}.center", center),
-                self.graph.constant(f"{prefix}.step", step),
+                self.graph.constant(f"{prefix}.center", code.center),
+                self.graph.constant(f"{prefix}.encoder", code.encoder),
+                self.graph.constant(f"{prefix}.decoder", code.decoder),
                 "budget",
             ]
             options = self.sparse

@@ -1,14 +1,19 @@
-"""Calibrate sparse attention: where the keys of each head lie, and how far they spread.
+"""Calibrate sparse attention: in which channels the keys of each head are coded.
 
-The exact graph reads a text, and its own key cache is measured. For each key-value head of a sparse layer, over the
-rotated keys k of the text's tokens, each turned on to a position somewhere in the whole context:
+The NumPy forward reads a text. Queries and keys of each key-value head, of the text's tokens, are turned to positions
+spread over the whole context, (n, d) each. With mu the mean of the keys, A the mean of (k - mu)(k - mu)^T, B that of
+q q^T over the group's query heads, plus a hundredth of its mean diagonal for safety, and S = B^(1/4):
 
-    center = mean of k over the tokens            step = standard deviation of h(k - center), over tokens and channels
+    S A S = V L V^T, eigenvalues falling        E_c = (H V^T S)_c / s_c        D_c = (H V^T S^-1)_c s_c
 
-h is the Hadamard transform of `edgekit.kernels.sparse`. Where the text's tokens really stood, slow channels have hardly
-turned: their mean would be right for the beginning of a context and wrong for its end (docs/log.md). Without a text the
-model writes one itself, at temperature 1 from a fixed seed: no data is needed, and the keys are those that the model
-meets when it speaks.
+for the channels c that have codes: q . (k - mu) = sum_c (D q)_c (E (k - mu))_c, but for what the others hold. H mixes
+each run of sixteen channels by a Hadamard matrix, which makes them alike and outliers rare; s_c is the step for which
+the mean squared error of a normal variable's code is least. Powers of B between 0 (the keys' own principal channels)
+and 1/2 (the largest share of the logits) do better than either, since few queries say little about a whole B.
+
+Where the text's tokens really stood, slow channels have hardly turned: their mean would be right for the beginning of a
+context and wrong for its end (docs/log.md). Without a text the model writes one itself, at temperature 1 from a fixed
+seed: no data is needed, and the keys are those that the model meets when it speaks.
 """
 
 from __future__ import annotations
@@ -17,13 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgekit.bundle import LayerCache
+from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError, UserError
 from edgekit.kernels import sparse
-from edgekit.model.config import Rope
-from edgekit.model.rope import frequencies
+from edgekit.kernels.reference import rotated
+from edgekit.model.reference import watch_heads
+from edgekit.model.rope import tables
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.sampling import Sampler, Sampling
 from edgekit.weight import Floats
@@ -31,6 +36,7 @@ from edgekit.weight import Floats
 TOKENS = 2048  # of a calibration text
 WRITTEN = 1024  # where the model writes it
 FEWEST = 256
+STEPS = (0.3352, 0.9957)  # of 4-bit and 2-bit codes of a normal variable, in deviations: Max, IRE Trans. IT-6 (1960)
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,12 @@ class SparseOptions:
 
 
 @dataclass(frozen=True)
-class KeyStatistics:
-    """Of one layer: center (kv_heads, head_dim) and step (kv_heads,), float32."""
+class KeyCode:
+    """Of one layer: center (kv_heads, d), encoder E^T and decoder D^T (kv_heads, d, coded channels), float32."""
 
     center: Floats
-    step: Floats
+    encoder: Floats
+    decoder: Floats
 
 
 def written_text(engine: Engine, prompt: Sequence[int], *, tokens: int) -> list[int]:
@@ -77,32 +84,48 @@ def written_text(engine: Engine, prompt: Sequence[int], *, tokens: int) -> list[
     return ids
 
 
-def calibrate(engine: Engine, layers: Sequence[LayerCache], rope: Rope, *, context: int) -> list[KeyStatistics]:
-    """The statistics of every layer, from the tokens in the engine's cache, for a context of `context` positions.
+def calibrate(checkpoint: Checkpoint, ids: Sequence[int], *, context: int) -> list[KeyCode]:
+    """The codes of every layer, from a text's tokens, for a context of `context` positions.
 
     Raises UserError when they are too few, ModelError when keys are not numbers or all alike.
     """
-    count = len(engine.tokens)
-    if count < FEWEST:
-        raise UserError(f"a calibration text must have at least {FEWEST} tokens: this one has {count}")
+    if len(ids) < FEWEST:
+        raise UserError(f"a calibration text must have at least {FEWEST} tokens: this one has {len(ids)}")
     found = []
-    for index in range(len(layers)):
-        keys = engine.keys(index).astype(np.float32)
-        differ = bool((keys.std(axis=1) > 0).any(axis=1).all())
-        keys = _spread(keys, frequencies(rope, keys.shape[2]), context)
-        center = keys.mean(axis=1, dtype=np.float64).astype(np.float32)
-        step = sparse.hadamard(keys - center[:, None]).std(axis=(1, 2), dtype=np.float64).astype(np.float32)
-        if not (np.isfinite(center).all() and np.isfinite(step).all() and differ):
-            raise ModelError(f"keys must be numbers that differ: those of layer {index} are not; is the model damaged?")
-        found.append(KeyStatistics(center, step))
+    position = np.random.default_rng(0).permutation(len(ids)) * (context // len(ids))
+
+    def watch(layer: int, q: Floats, k: Floats) -> None:
+        cos, sin = tables(checkpoint.decoder.rope, k.shape[2], context)
+        q, k = (rotated(x[:, 1:], cos[position[1:]], sin[position[1:]]) for x in (q, k))  # the first token is a sink
+        differ = bool((k.std(axis=1) > 0).any(axis=1).all())
+        if not (differ and np.isfinite(k).all() and np.isfinite(q).all()):
+            raise ModelError(f"keys must be numbers that differ: those of layer {layer} are not; is the model damaged?")
+        groups = q.reshape(len(k), -1, q.shape[2])  # the queries of each key-value head
+        found.append(KeyCode(*map(np.stack, zip(*map(key_code, groups, k), strict=True))))
+
+    watch_heads(checkpoint, ids, watch)
     return found
 
 
-def _spread(keys: Floats, speeds: NDArray[np.float64], context: int) -> Floats:
-    """Keys (heads, n, d) of positions 0 to n - 1, turned on to n positions spread evenly over the context, shuffled."""
-    count = keys.shape[1]
-    position = np.random.default_rng(0).permutation(count) * (context / count)
-    angles = (position - np.arange(count))[:, None] * speeds
-    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    a, b = np.split(keys, 2, axis=2)
-    return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=2)
+def key_code(q: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
+    """mu (d,), E^T and D^T (d, coded channels) of one key-value head, from queries (m, d) and keys (n, d)."""
+    d = k.shape[1]
+    fine, coded = sparse.fine_channels(d), sparse.coded_channels(d)
+    center = k.mean(0, dtype=np.float64)
+    centred, queries = k - center, q.astype(np.float64)
+    weight = queries.T @ queries / len(q)
+    strength, axes = np.linalg.eigh(weight + 1e-2 * np.trace(weight) / d * np.eye(d))
+    root = axes * strength**0.25 @ axes.T
+    spread, channels = np.linalg.eigh(root @ (centred.T @ centred / len(k)) @ root)
+    spread, channels = np.maximum(spread[::-1], 1e-12 * spread[-1]), channels[:, ::-1]
+    mix = sparse.hadamard(np.eye(sparse.RUN, dtype=np.float32))
+    encoder = channels.T @ root
+    decoder = channels.T @ (axes * strength**-0.25 @ axes.T)
+    encoder, decoder = ((mix @ x.reshape(-1, sparse.RUN, d)).reshape(d, d)[:coded] for x in (encoder, decoder))
+    deviation = np.sqrt(spread.reshape(-1, sparse.RUN).mean(1)).repeat(sparse.RUN)[:coded]
+    step = np.where(np.arange(coded) < fine, *STEPS) * deviation
+    return (
+        center.astype(np.float32),
+        (encoder / step[:, None]).T.astype(np.float32),
+        (decoder * step[:, None]).T.astype(np.float32),
+    )

@@ -13,7 +13,7 @@ any), and each operator means one formula. W is the (N, K) matrix of values scal
     Attention              q and k rotated, k and v appended to the cache, then causal softmax(q k^T / sqrt(d)) v
     NormAttention          the same after RMSNorm of each q and k head
     HadamardSparseAttention, NormHadamardSparseAttention
-                           the same for several tokens, and for one token an estimate of it: positions that 2-bit codes
+                           the same for several tokens, and for one token an estimate of it: positions that small codes
                            of the keys find are attended exactly, the others by their estimated weights and the mean
                            values of their pages (`edgekit.kernels.sparse`). Without the kernels it is exact.
 """
@@ -31,7 +31,7 @@ _CACHE = ("qkv", "past_key", "past_value", "last", "cos", "sin")
 _HEADS = ("num_heads", "kv_num_heads", "head_dim", "local_window_size")
 _PRESENT = ("y", "present_key", "present_value")
 _SPARSE_CACHE = ("qkv", "past_key", "past_value", "past_codes", "past_means", "last", "cos", "sin")
-_SPARSE = (*_SPARSE_CACHE, "center", "step", "budget")
+_SPARSE = (*_SPARSE_CACHE, "center", "encoder", "decoder", "budget")
 _SPARSE_HEADS = (*_HEADS, "sinks", "recent", "followers", "dense_below")
 _SPARSE_PRESENT = (*_PRESENT, "present_codes", "present_means")
 

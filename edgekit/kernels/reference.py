@@ -176,7 +176,8 @@ def hadamard_sparse_attention(
     cos: Floats,
     sin: Floats,
     center: Floats,
-    step: Floats,
+    encoder: Floats,
+    decoder: Floats,
     budget: NDArray[np.int32],
     *,
     num_heads: int,
@@ -191,7 +192,8 @@ def hadamard_sparse_attention(
     """`attention` for several tokens; for one token at a length above `dense_below` and `budget`, `sparse.attend`.
 
     past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, pages, head_dim) summarise the cache in the
-    layout of `edgekit.kernels.sparse`; center (kv_num_heads, head_dim) and step (kv_num_heads,) are calibrated.
+    layout of `edgekit.kernels.sparse`; center (kv_num_heads, head_dim), encoder and decoder, (kv_num_heads, head_dim,
+    coded channels) each, which is transposed, are calibrated.
     """
     y, keys, values = attention(
         qkv,
@@ -211,8 +213,11 @@ def hadamard_sparse_attention(
     q, k = rotated(q, cos[position], sin[position]), rotated(k, cos[position], sin[position])
     codes, means = past_codes.copy(), past_means.copy()
     center = center.reshape(kv_num_heads, head_dim)
+    shape = (kv_num_heads, head_dim, sparse.coded_channels(head_dim))
+    encoder, decoder = encoder.reshape(shape), decoder.reshape(shape)
     for head in range(kv_num_heads):
-        sparse.store(codes[0, head], sparse.encode(k[head], center[head], step[head]), position[0])
+        coded = sparse.encode(k[head], center[head], encoder[head].T)
+        sparse.store(codes[0, head], coded, position[0], head_dim=head_dim)
         sparse.average(means[0, head], values[0, head, :total], position[0])
     if tokens == 1 and total > max(dense_below, int(budget.reshape(()))):
         group = num_heads // kv_num_heads
@@ -222,10 +227,10 @@ def hadamard_sparse_attention(
                     q[head * group : (head + 1) * group, 0],
                     keys[0, head, :total],
                     values[0, head, :total],
-                    sparse.load(codes[0, head], total, head_dim),
+                    sparse.load(codes[0, head], total, head_dim=head_dim),
                     means[0, head],
                     center[head],
-                    step[head],
+                    decoder[head].T,
                     budget=int(budget.reshape(())),
                     sinks=sinks,
                     recent=recent,

@@ -1,27 +1,29 @@
 """Hadamard sparse attention of one token, in NumPy: what `HadamardSparseAttention` means.
 
-With h(x) = x H / sqrt(D), H the Hadamard matrix of size D, the head's channels padded to a power of two, and with a
-calibrated center mu and step s of the keys of a key-value head:
+Keys k and queries q of a key-value head, d channels each, are coded in C = d - d_f channels, of which the first
+d_f = 16 floor(d / 64) have four bits and the others two, by calibrated matrices E and D, (C, d) each, and a center mu.
+With o_c = 15/2 or 3/2:
 
-    code(k)     = clamp(floor(h(k - mu) / s) + 2, 0, 3)                 two bits a channel
-    estimate_j  = (a * s * sum_i Q_i (code_ji - 3/2) + q . mu) / sqrt(d) + v / 2
-                  with Q = h(q) in integers of -127..127 and a their unit, v = 0.1188 |q|^2 s^2 / d
-    w_j         = e^(estimate_j - the largest of all candidates)            for each query head, within 1 %
-
-0.1188 is the mean squared error of the code of a normal variable; a weight whose exponent is off by a normal error of
-variance v would be too small by e^(v/2) on average.
+    code(k)_c  = clamp(floor(E (k - mu))_c + o_c + 1/2, 0, 2 o_c)         d / 4 bytes a position
+    t_j        = (u sum_c Q_c (code_jc - o_c) + q . mu) / (sqrt(d) ln 2)  estimates q . k_j / sqrt(d), in powers of two
+                 with Q = D q in integers of -127..127 and u their unit
+    w_j        = 2^(t_j - R) within 1 %, R the whole number nearest to the largest t of the candidates
 
 Positions that are attended exactly, S: the newest `recent`, the first `sinks`, and of the others, the candidates, those
-whose estimate is nearest to the largest one in any query head of the group, `budget` in all. The other candidates count
-as they are estimated: the next `followers` of them, F, with their own values u_j = v_j, the rest with u_j = the mean
-value of their page of sixteen positions. Of equally near ones those are taken whose codes stand first:
+with the largest share in any query head of the group, `budget` in all. The share of a position is what the softmax
+gives it, where the window and the sinks count with their logits and the candidates with their estimates. The other
+candidates count as they are estimated: the next `followers` of them, F, with their own values u_j = v_j, the rest with
+u_j = the mean value of their page of sixteen positions. Of equal ones those are taken whose codes stand first:
 
-    y = (sum_{j in S} e^{q.k_j / sqrt(d)} v_j + sum_{j not in S} e^{estimate_j} u_j)
-      / (sum_{j in S} e^{q.k_j / sqrt(d)}     + sum_{j not in S} e^{estimate_j})
+    y = (sum_{j in S} e^{q.k_j / sqrt(d)} v_j + sum_{j not in S} 2^{t_j} u_j)
+      / (sum_{j in S} e^{q.k_j / sqrt(d)}     + sum_{j not in S} 2^{t_j})
+
+E holds Hadamard matrices times the eigenvectors of the keys' covariance, as the queries weigh it; its formula stands in
+`edgekit.export.sparse`. Channels that matter have four bits, those that matter least none.
 
 Source: Adamas, arXiv 2510.18413, for 2-bit codes of Hadamard-transformed keys as what selects. We deviate: the query is
-not coded, the keys are centred and their step is calibrated, all query heads of a group share one selection, window and
-sinks are always attended, and what is not selected is not dropped. docs/sparse-attention.md has what each is worth.
+not coded, the keys are centred and coded in calibrated channels, all query heads of a group share one selection, window
+and sinks are always attended, and what is not selected is not dropped. docs/sparse-attention.md has what each is worth.
 
 Layout of the codes: `csrc/sparse.inl`.
 """
@@ -31,52 +33,79 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle import BLOCK, PAGE, code_width
+from edgekit.bundle import BLOCK, PAGE
 from edgekit.weight import Bytes, Floats, Halves
 
-CODE_ERROR = 0.1188  # mean squared error of the code of a normal variable, in squares of its deviation
+RUN = 16  # channels that stand together
+_LOG2E = 1.44269504088896341
+
+
+def fine_channels(head_dim: int) -> int:
+    """How many channels have four bits; as many have none, and the others two."""
+    return head_dim // 64 * RUN
+
+
+def coded_channels(head_dim: int) -> int:
+    """How many channels have a code."""
+    return head_dim - fine_channels(head_dim)
+
+
+def offsets(head_dim: int) -> Floats:
+    """What zero is in each coded channel, between two codes: o_c."""
+    fine = fine_channels(head_dim)
+    return np.repeat(np.array([7.5, 1.5], np.float32), [fine, head_dim - 2 * fine])
 
 
 def hadamard(x: Floats) -> Floats:
-    """h(x) over the last axis, which is padded to `code_width`."""
-    size = code_width(x.shape[-1])
-    y = np.zeros((*x.shape[:-1], size), np.float32)
-    y[..., : x.shape[-1]] = x
-    half = 1
-    while half < size:
-        pairs = y.reshape(*y.shape[:-1], size // (2 * half), 2, half)
-        a, b = pairs[..., 0, :].copy(), pairs[..., 1, :].copy()
-        pairs[..., 0, :], pairs[..., 1, :] = a + b, a - b
+    """x times the normalised Hadamard matrix of its last axis, whose length is a power of two."""
+    y, half = x.copy(), 1
+    while half < x.shape[-1]:
+        pairs = y.reshape(*y.shape[:-1], -1, 2, half)
+        y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
         half *= 2
-    y *= np.float32(1) / np.sqrt(np.float32(size))
-    return y
+    scaled: Floats = y / np.sqrt(np.float32(x.shape[-1]))
+    return scaled
 
 
-def encode(keys: Floats, center: Floats, step: np.float32) -> Bytes:
-    """Codes 0..3 of keys (n, d), (n, D) uint8; a key that is not a number has code 0."""
-    levels = np.floor(hadamard(keys - center) / step) + 2
-    codes: Bytes = np.clip(np.nan_to_num(levels, nan=0.0), 0, 3).astype(np.uint8)
+def encode(keys: Floats, center: Floats, encoder: Floats) -> Bytes:
+    """Codes of keys (n, d), (n, C) uint8; encoder: (C, d). What is not a number has code 0."""
+    offset = offsets(keys.shape[-1])
+    levels = np.floor((keys - center) @ encoder.T) + (offset + np.float32(0.5))
+    codes: Bytes = np.clip(np.nan_to_num(levels, nan=0.0), 0, 2 * offset).astype(np.uint8)
     return codes
 
 
-def store(packed: Bytes, codes: Bytes, first: int) -> None:
-    """Write codes (n, D) of positions `first` on into a head's packed codes."""
-    count, size = codes.shape
-    parts = codes.reshape(count, size // 16, 4, 4)  # run, part, byte
-    runs = (parts << (2 * np.arange(4, dtype=np.uint8))[:, None]).sum(2, dtype=np.uint8)  # (n, run, byte)
+def store(packed: Bytes, codes: Bytes, first: int, *, head_dim: int) -> None:
+    """Write codes (n, C) of positions `first` on into a head's packed codes."""
+    count, fine = len(codes), fine_channels(head_dim)
+    nibbles = codes[:, :fine].reshape(count, fine // 8, 2, 4)  # line, part, byte
+    quarters = codes[:, fine:].reshape(count, (head_dim - 2 * fine) // RUN, 4, 4)
+    lines = np.concatenate([_joined(nibbles, 4), _joined(quarters, 2)], axis=1)  # (n, line, byte)
     position = np.arange(first, first + count)
-    tiles = packed.reshape(-1, PAGE, size // 16, PAGE, 4)  # block, tile, run, page, byte
-    tiles[position // BLOCK, position % PAGE, :, position % BLOCK // PAGE] = runs
+    tiles = packed.reshape(-1, PAGE, head_dim // RUN, PAGE, 4)  # block, tile, line, page, byte
+    tiles[position // BLOCK, position % PAGE, :, position % BLOCK // PAGE] = lines
 
 
-def load(packed: Bytes, total: int, head_dim: int) -> Bytes:
-    """Undo `store` for the first `total` positions, (total, D)."""
-    size = code_width(head_dim)
-    position = np.arange(total)
-    tiles = packed.reshape(-1, PAGE, size // 16, PAGE, 4)
-    runs = tiles[position // BLOCK, position % PAGE, :, position % BLOCK // PAGE]
-    parts: Bytes = runs[:, :, None] >> (2 * np.arange(4, dtype=np.uint8))[:, None] & np.uint8(3)
-    return parts.reshape(total, size)
+def load(packed: Bytes, total: int, *, head_dim: int) -> Bytes:
+    """Undo `store` for the first `total` positions, (total, C)."""
+    position, split = np.arange(total), fine_channels(head_dim) // 8
+    tiles = packed.reshape(-1, PAGE, head_dim // RUN, PAGE, 4)
+    lines = tiles[position // BLOCK, position % PAGE, :, position % BLOCK // PAGE]
+    parts = [_parted(lines[:, :split], 4), _parted(lines[:, split:], 2)]
+    return np.concatenate([part.reshape(total, part.shape[1] * part.shape[2] * 4) for part in parts], axis=1)
+
+
+def _joined(codes: Bytes, bits: int) -> Bytes:
+    """Codes (n, line, part, byte) of so many bits as bytes, the first part lowest."""
+    shifts = bits * np.arange(8 // bits, dtype=np.uint8)[:, None]
+    joined: Bytes = (codes << shifts).sum(2, dtype=np.uint8)
+    return joined
+
+
+def _parted(lines: Bytes, bits: int) -> Bytes:
+    shifts = bits * np.arange(8 // bits, dtype=np.uint8)[:, None]
+    parted: Bytes = lines[:, :, None] >> shifts & np.uint8((1 << bits) - 1)
+    return parted
 
 
 def average(means: Halves, values: Halves, first: int) -> None:
@@ -86,26 +115,24 @@ def average(means: Halves, values: Halves, first: int) -> None:
         means[page] = rows.sum(0, dtype=np.float32) * np.float32(1 / len(rows))
 
 
-def estimates(q: Floats, codes: Bytes, center: Floats, step: np.float32) -> NDArray[np.float64]:
-    """Estimated logits of queries (heads, d) at every position, (heads, total)."""
-    spread = hadamard(q)
+def estimates(q: Floats, codes: Bytes, center: Floats, decoder: Floats) -> NDArray[np.float64]:
+    """t of queries (heads, d) at every position, (heads, total); decoder: (C, d)."""
+    spread = q @ decoder.T
     peak = np.abs(spread).max(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         integers = np.where(peak > 0, np.rint(spread * (np.float32(127) / peak)), 0)
-    products = integers.astype(np.float64) @ (codes.T - 1.5)
-    logits: NDArray[np.float64] = (peak / 127 * step).astype(np.float64) * products + (q @ center)[:, None]
-    logits /= np.sqrt(q.shape[-1])
-    variance = CODE_ERROR * (spread.astype(np.float64) ** 2).sum(-1, keepdims=True) * float(step) ** 2 / q.shape[-1]
-    logits += variance / 2
+    products = integers.astype(np.float64) @ (codes - offsets(q.shape[-1])).T
+    logits: NDArray[np.float64] = (peak / 127).astype(np.float64) * products + (q @ center)[:, None]
+    logits *= _LOG2E / np.sqrt(q.shape[-1])
     return logits
 
 
-def rough_exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """e^x within 1 % for x <= 0, 2^-125 or so below -87: 2^n (1 + c1 f + c2 f^2), n + f = x / ln 2, |f| <= 1/2.
+def rough_power(t: NDArray[np.float64]) -> NDArray[np.float64]:
+    """2^t within 1 %, 2^-125 at least: 2^n (1 + c1 f + c2 f^2), n + f = t, |f| <= 1/2.
 
     As the native kernel computes it; an estimate is off by more.
     """
-    t = np.maximum(x, -87.0) * 1.44269504088896341
+    t = np.maximum(t, -125.0)
     n = np.rint(t)
     f = t - n
     y: NDArray[np.float64] = np.ldexp((0.2402265 * f + 0.6931472) * f + 1, n.astype(np.int32))
@@ -113,25 +140,30 @@ def rough_exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def select(
-    estimated: NDArray[np.float64], *, budget: int, sinks: int, recent: int, followers: int
+    shares: NDArray[np.float64], *, budget: int, sinks: int, recent: int, followers: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which positions are attended exactly, and which follow with their own values; (total,) each.
 
-    estimated: each position's estimate less the head's largest one among the candidates, (heads, total).
+    shares: of each position, the largest of the group's query heads, (total,).
     """
-    total = estimated.shape[-1]
-    recent = min(recent, budget)
-    sinks = min(sinks, budget - recent)
+    total = len(shares)
     position = np.arange(total)
-    forced = (position < sinks) | (position >= total - recent)
-    distance = np.where(forced, np.inf, -estimated.max(0))
-    free = max(0, budget - recent - sinks)
+    forced = _forced(total, budget=budget, sinks=sinks, recent=recent)
+    free = max(0, budget - int(forced.sum()))
     place = position // BLOCK * BLOCK + position % PAGE * PAGE + position % BLOCK // PAGE
-    order = np.lexsort((place, distance))
+    order = np.lexsort((place, np.where(forced, np.inf, -shares)))
     exact, following = forced.copy(), np.zeros(total, bool)
     exact[order[:free]] = True
     following[order[free : free + followers]] = True
     return exact, following & ~forced
+
+
+def _forced(total: int, *, budget: int, sinks: int, recent: int) -> NDArray[np.bool_]:
+    """The window and the sinks, as far as the budget allows."""
+    recent = min(recent, budget)
+    position = np.arange(total)
+    forced: NDArray[np.bool_] = (position < min(sinks, budget - recent)) | (position >= total - recent)
+    return forced
 
 
 def attend(
@@ -141,7 +173,7 @@ def attend(
     codes: Bytes,
     means: Halves,
     center: Floats,
-    step: np.float32,
+    decoder: Floats,
     *,
     budget: int,
     sinks: int,
@@ -149,19 +181,21 @@ def attend(
     followers: int,
 ) -> Floats:
     """Attention of the queries (heads, d) of one token over one key-value head: keys, values (total, d), codes
-    (total, D), means (pages, d); returns (heads, d). budget >= 1, total > budget."""
+    (total, C), means (pages, d), the decoder (C, d); returns (heads, d). budget >= 1, total > budget."""
     total, head_dim = keys.shape
-    logits = estimates(q, codes, center, step)
-    free = np.arange(total)
-    candidate = (free >= min(sinks, budget - min(recent, budget))) & (free < total - min(recent, budget))
-    peak = logits[:, candidate].max(-1, keepdims=True, initial=-1e30)
-    weights = np.where(candidate, rough_exponential(np.minimum(logits - peak, 0)), 0)
-    exact, following = select(logits - peak, budget=budget, sinks=sinks, recent=recent, followers=followers)
-    scores = q.astype(np.float64) @ keys[exact].astype(np.float64).T / np.sqrt(head_dim)
-    top = np.maximum(scores.max(-1, keepdims=True), peak)
-    near, far = np.exp(scores - top), np.where(exact, 0, weights) * np.exp(peak - top)
-    own = np.where(following[:, None], values, means[free // PAGE]).astype(np.float64)
-    y = near @ values[exact].astype(np.float64) + far @ own
+    t = estimates(q, codes, center, decoder)
+    forced = _forced(total, budget=budget, sinks=sinks, recent=recent)
+    reference = np.rint(t[:, ~forced].max(-1, keepdims=True, initial=-1e30))
+    weights = np.where(forced, 0, rough_power(np.minimum(t - reference, 1)))
+    scores = q.astype(np.float64) @ keys.astype(np.float64).T / np.sqrt(head_dim)
+    top = np.maximum(scores[:, forced].max(-1, keepdims=True), reference / _LOG2E)
+    weights *= np.exp(reference / _LOG2E - top)
+    near = np.exp(scores - top)
+    whole = np.where(forced, near, weights).sum(-1, keepdims=True)
+    exact, following = select((weights / whole).max(0), budget=budget, sinks=sinks, recent=recent, followers=followers)
+    near, far = np.where(exact, near, 0), np.where(exact, 0, weights)
+    own = np.where(following[:, None], values, means[np.arange(total) // PAGE]).astype(np.float64)
+    y = near[:, exact] @ values[exact].astype(np.float64) + far @ own
     y /= near.sum(-1, keepdims=True) + far.sum(-1, keepdims=True)
     rounded: Floats = y.astype(np.float32)
     return rounded

@@ -10,7 +10,7 @@ Source: Touvron et al., arXiv 2302.13971, in transformers' spelling (Llama, Mist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from edgekit.model.config import DecoderConfig
 from edgekit.model.rope import tables
 from edgekit.weight import Floats
 
+Watch = Callable[[int, Floats, Floats], None]
+
 
 def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Floats]:
     """Logits of each token sequence: a list of (T, vocabulary) float32.
@@ -27,10 +29,7 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[
     Raises UserError for an empty sequence or an id outside the vocabulary, ModelError for missing weights.
     """
     config = checkpoint.decoder
-    for ids in sequences:
-        if not len(ids) or min(ids) < 0 or max(ids) >= config.vocabulary:
-            raise UserError(f"token ids must be one or more, from 0 to {config.vocabulary - 1}: got {list(ids)[:8]}")
-    table = checkpoint.weight("model.embed_tokens").dense()
+    table = _table(checkpoint, sequences)
     ends = np.cumsum([len(ids) for ids in sequences])
     spans = [slice(end - len(ids), end) for ids, end in zip(sequences, ends, strict=True)]
     state = table[np.concatenate([np.asarray(ids) for ids in sequences])]  # all tokens of all sequences, (T, hidden)
@@ -44,11 +43,30 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[
     return [logits[span] for span in spans]
 
 
+def watch_heads(checkpoint: Checkpoint, ids: Sequence[int], watch: Watch) -> None:
+    """Show `watch`, for each layer, its index, and queries and keys before they are turned, (heads, T, head_dim) each.
+
+    Raises as `forward` does.
+    """
+    state = _table(checkpoint, [ids])[np.asarray(ids)]
+    for index in range(checkpoint.decoder.layers):
+        state = _Layer(checkpoint, index, watch)(state, [slice(0, len(ids))])
+
+
+def _table(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Floats:
+    vocabulary = checkpoint.decoder.vocabulary
+    for ids in sequences:
+        if not len(ids) or min(ids) < 0 or max(ids) >= vocabulary:
+            raise UserError(f"token ids must be one or more, from 0 to {vocabulary - 1}: got {list(ids)[:8]}")
+    return checkpoint.weight("model.embed_tokens").dense()
+
+
 class _Layer:
     """One decoder layer with its weights made dense."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, index: int, watch: Watch | None = None) -> None:
         self.config: DecoderConfig = checkpoint.decoder
+        self.index, self.watch = index, watch
         prefix = f"model.layers.{index}."
         modules = [f"self_attn.{part}_proj" for part in "qkvo"] + [
             f"mlp.{part}_proj" for part in ("gate", "up", "down")
@@ -91,6 +109,8 @@ class _Layer:
         if "self_attn.q_norm" in self.norm:
             q = rms_norm(q, self.norm["self_attn.q_norm"], self.config.norm_eps)
             k = rms_norm(k, self.norm["self_attn.k_norm"], self.config.norm_eps)
+        if self.watch is not None:
+            self.watch(self.index, q, k)
         q, k = self.rotate(q), self.rotate(k)
         group = len(q) // len(k)
         k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)

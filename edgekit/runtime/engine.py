@@ -117,11 +117,6 @@ class Engine:
             raise UserError(f"the budget of sparse attention must be at least 1: got {positions}")
         self._budget[0] = positions
 
-    def keys(self, layer: int) -> NDArray[Any]:
-        """The rotated keys of one layer that are in the cache, (kv_heads, tokens, head_dim); a view."""
-        view: NDArray[Any] = self._cache[f"{layer}.key"][0][0, :, : len(self.tokens)]
-        return view
-
     def end_trace(self) -> Path:
         """Stop taking the times of operators, which began with `trace`; returns onnxruntime's file of events."""
         return Path(self._session.end_profiling())

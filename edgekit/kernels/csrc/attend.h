@@ -22,13 +22,13 @@ using ort::Tensor;
 // Rotary embedding, cache append and exact attention; with RMSNorm of each query and key head before the rotation
 // where kNormed. The cache's buffers may be both past and present.
 //
-// Where kSparse, one token attends to the positions that 2-bit codes of the Hadamard transform of the keys find, and
+// Where kSparse, one token attends to the positions that small codes of the keys find, and
 // the others count by their estimates: docs/sparse-attention.md. Further inputs: past_codes and past_means behind
-// past_value; center, step and budget behind sin. Further outputs: present_codes, present_means.
+// past_value; center, encoder, decoder and budget behind sin. Further outputs: present_codes, present_means.
 template <bool kNormed, bool kSparse>
 class Attend {
   static constexpr size_t kLast = kSparse ? 5 : 3, kCos = kLast + 1, kSin = kLast + 2, kCenter = kLast + 3;
-  static constexpr size_t kStep = kLast + 4, kBudget = kLast + 5, kNorms = kSparse ? kLast + 6 : kLast + 3;
+  static constexpr size_t kBudget = kLast + 6, kNorms = kSparse ? kLast + 7 : kLast + 3;
 
  public:
   explicit Attend(const Info& info) {
@@ -47,13 +47,12 @@ class Attend {
       followers_ = info.integer("followers", 0, 1 << 20);
       dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
       if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
-      while (width_ < head_dim_) width_ *= 2;
-      center_ = info.constant(kCenter, "center", ort::kFloat, kv_heads_ * head_dim_).template as<float>();
-      step_ = info.constant(kStep, "step", ort::kFloat, kv_heads_).template as<float>();
-      for (int64_t h = 0; h < kv_heads_; ++h) {
-        const float step = read(step_ + h);
-        if (!(step > 0.0f && step < INFINITY)) fail("step must be above 0: got %g for head %lld", (double)step, (long long)h);
-      }
+      fine_ = head_dim_ / 64 * kLanes;
+      channels_ = head_dim_ - fine_;
+      const int64_t size = kv_heads_ * head_dim_;
+      center_ = info.constant(kCenter, "center", ort::kFloat, size).template as<float>();
+      encoder_ = info.constant(kCenter + 1, "encoder", ort::kFloat, size * channels_).template as<float>();
+      decoder_ = info.constant(kCenter + 2, "decoder", ort::kFloat, size * channels_).template as<float>();
     }
     if (kNormed) {
       epsilon_ = info.number("epsilon");
@@ -114,8 +113,7 @@ class Attend {
           path().to_half(row + q_width + (kv_heads_ + h) * d, values + (h * cache + first + t) * d, d);
           if (kSparse) {
             float spread[kWidest];
-            path().encode(key, center_ + h * d, read(step_ + h), d, width_, first + t, spread,
-                          summary.codes + h * summary.code_bytes);
+            path().encode(coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
           }
         }
       }
@@ -154,7 +152,7 @@ class Attend {
                  budget = context.input(kBudget, "budget");
     const int64_t blocks = (cache + kBlockTokens - 1) / kBlockTokens, pages = blocks * kLanes;
     Summary s{};
-    s.code_bytes = blocks * kPageTokens * 4 * width_;
+    s.code_bytes = blocks * kPageTokens * 4 * head_dim_;
     s.pages = pages;
     if (codes.rank != 3 || codes.dims[0] != 1 || codes.dims[1] != kv_heads_ || codes.dims[2] != s.code_bytes) {
       fail("past_codes must have shape (1, %lld, %lld): got %s", (long long)kv_heads_, (long long)s.code_bytes,
@@ -189,182 +187,177 @@ class Attend {
     }
   }
 
+  KeyCoder coder(int64_t head) const {
+    const int64_t at = head * head_dim_;
+    return {center_ + at, encoder_ + at * channels_, decoder_ + at * channels_, head_dim_, channels_, fine_};
+  }
+
   // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count
   // with their estimated weights, the next ones with their own values, the rest with their pages' means. The blocks are
   // cut into segments, by the length alone, so that results do not depend on the number of threads.
   void select(const Context& context, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache,
               int64_t total, const Summary& s, float* out) const {
-    const int64_t d = head_dim_, heads = kv_heads_ * group_, blocks = (total + kBlockTokens - 1) / kBlockTokens;
-    const int64_t stride = blocks * kBlockTokens, segments = std::clamp<int64_t>(blocks / 4, 1, 8);
+    const int64_t blocks = (total + kBlockTokens - 1) / kBlockTokens, segments = std::clamp<int64_t>(blocks / 4, 1, 8);
+    const Selection selection(*this, q, keys, values, cache, total, blocks, segments, s);
     const auto count = static_cast<size_t>(kv_heads_ * segments);
-    Selection selection(*this, q, keys, values, cache, total, s.budget);
-    float* estimates = scratch<float, Use::kScores>(static_cast<size_t>(heads * stride));
-    int8_t* codes = scratch<int8_t, Use::kCodes>(static_cast<size_t>(heads * width_));
-    float* factors = scratch<float, Use::kScales>(static_cast<size_t>(2 * heads));
-    float* constants = factors + heads;
-    const int64_t part = group_ * (2 * d + 4 + kLanes);
-    float* parts = scratch<float, Use::kPartials>(count * static_cast<size_t>(part));
-    for (int64_t h = 0; h < heads; ++h) {
-      float spread[kWidest];
-      path().encode_query(q + h * d, center_ + h / group_ * d, read(step_ + h / group_), selection.scale, d, width_,
-                          spread, codes + h * width_, factors + h, constants + h);
-    }
-    const auto task = [&](int64_t head, int64_t segment) {
-      float* own = parts + (head * segments + segment) * part;
-      SparseTask t{};
-      t.q_codes = codes + head * group_ * width_;
-      t.factors = factors + head * group_;
-      t.constants = constants + head * group_;
-      t.codes = s.codes + head * s.code_bytes;
-      t.means = s.means + head * s.pages * d;
-      t.heads = group_;
-      t.head_dim = d;
-      t.width = width_;
-      t.first_block = blocks * segment / segments;
-      t.last_block = blocks * (segment + 1) / segments;
-      t.sinks = selection.sinks;
-      t.recent = selection.recent;
-      t.stride = stride;
-      t.estimates = estimates + head * group_ * stride;
-      t.out = own;
-      t.sums = t.out + group_ * d;
-      t.peaks = t.sums + group_;
-      t.pages = t.peaks + group_;
-      return t;
-    };
-    // Beside a segment's tail stand the sums of what it attends to exactly, as `join` wants them.
-    const auto exact = [&](int64_t head, int64_t segment) {
-      return parts + (head * segments + segment) * part + group_ * (d + 2 + kLanes);
-    };
-    const auto at = [&](size_t i) {
-      return std::pair{static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments};
-    };
+    // Who estimates a head's last segment also chooses.
+    int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(kv_heads_));
+    std::fill(left, left + kv_heads_, segments);
     context.parallel(count, [&](size_t i) {
-      const auto [head, segment] = at(i);
-      path().estimate(task(head, segment));
-    });
-    context.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) {
-      const int64_t head = static_cast<int64_t>(i);
-      SparseTask all = task(head, 0);
-      for (int64_t h = 0; h < group_; ++h) {  // the peak of all segments
-        float top = all.peaks[h];
-        for (int64_t g = 1; g < segments; ++g) top = std::max(top, task(head, g).peaks[h]);
-        for (int64_t g = 0; g < segments; ++g) task(head, g).peaks[h] = top;
-      }
-      all.last_block = blocks;
-      path().select(all, selection.choice(head, stride));
+      const int64_t head = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
+      path().estimate(selection.task(head, segment));
+      if (__atomic_sub_fetch(left + head, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(head);
     });
     context.parallel(count, [&](size_t i) {
-      const auto [head, segment] = at(i);
-      const SparseTask t = task(head, segment);
-      path().weigh(t);
-      selection.follow(t, head);
-      selection.attend(t, head, segment == 0, segment == segments - 1, exact(head, segment));
+      selection.attend(static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments);
     });
-    for (int64_t head = 0; head < kv_heads_; ++head) {
-      for (int64_t h = 0; h < group_; ++h) {
-        // The tail joins as one more part, whose maximum is the estimates' peak.
-        const SparseTask first = task(head, 0);
-        float top = read(first.peaks + h), weight = 0.0f, *to = out + (head * group_ + h) * d;
-        for (int64_t g = 0; g < segments; ++g) top = std::max(top, read(exact(head, g) + group_ * d + h));
-        std::fill(to, to + d, 0.0f);
-        for (int64_t g = 0; g < segments; ++g) {
-          const SparseTask t = task(head, g);
-          const float* near = exact(head, g);
-          const float a = std::exp(near[group_ * d + h] - top), b = std::exp(t.peaks[h] - top);
-          weight += a * near[group_ * (d + 1) + h] + b * t.sums[h];
-          for (int64_t c = 0; c < d; ++c) to[c] += a * near[h * d + c] + b * t.out[h * d + c];
-        }
-        for (int64_t c = 0; c < d; ++c) to[c] /= weight;
-      }
-    }
+    for (int64_t h = 0; h < kv_heads_ * group_; ++h) selection.join(h, out + h * head_dim_);
   }
 
-  // What one token attends to exactly, and what follows, in each key-value head.
+  // The work of one token over a long cache. Its memory belongs to the thread that made it, which waits for the others.
   class Selection {
    public:
-    const int64_t sinks, recent;  // positions below and from here on are attended to in any case
-    const float scale;
-
-    Selection(const Attend& op, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache, int64_t total,
-              int64_t budget)
-        : sinks(std::min(op.sinks_, budget - std::min(op.recent_, budget))),
-          recent(total - std::min(op.recent_, budget)),
-          scale(1.0f / std::sqrt(static_cast<float>(op.head_dim_))),
-          op_(op), q_(q), keys_(keys), values_(values), cache_(cache), total_(total),
-          exact_(budget - (total - recent) - sinks),
-          following_((op.followers_ + kLanes - 1) / kLanes * kLanes) {
-      const int64_t row = exact_ + following_;
-      places_ = scratch<int32_t, Use::kPlaces>(static_cast<size_t>(op.kv_heads_ * row));
-      weights_ = scratch<float, Use::kTails>(static_cast<size_t>(op.kv_heads_ * op.group_ * following_));
-      found_ = scratch<int64_t, Use::kFound>(static_cast<size_t>(2 * op.kv_heads_));
+    Selection(const Attend& op, const float* q, const uint16_t* keys, const uint16_t* values, int64_t cache,
+              int64_t total, int64_t blocks, int64_t segments, const Summary& summary)
+        : op_(op), q_(q), keys_(keys), values_(values), cache_(cache), total_(total), blocks_(blocks),
+          segments_(segments), summary_(summary),
+          sinks_(std::min(op.sinks_, summary.budget - std::min(op.recent_, summary.budget))),
+          recent_(total - std::min(op.recent_, summary.budget)),
+          exact_(summary.budget - (total - recent_) - sinks_),
+          following_((op.followers_ + kLanes - 1) / kLanes * kLanes),
+          scale_(1.0f / std::sqrt(static_cast<float>(op.head_dim_))) {
+      const auto heads = static_cast<size_t>(op.kv_heads_ * op.group_), kv_heads = static_cast<size_t>(op.kv_heads_);
+      codes_ = scratch<int8_t, Use::kCodes>(heads * op.channels_);
+      factors_ = scratch<float, Use::kScales>(2 * heads);
+      weights_ = scratch<float, Use::kScores>(heads * stride());
+      blockwise_ = scratch<float, Use::kSums>(3 * heads * blocks);
+      whole_ = scratch<float, Use::kWholes>(heads);
+      places_ = scratch<int32_t, Use::kPlaces>(kv_heads * (exact_ + following_));
+      kept_ = scratch<float, Use::kTails>(heads * following_);
+      found_ = scratch<int64_t, Use::kFound>(2 * kv_heads);
+      parts_ = scratch<float, Use::kPartials>(kv_heads * (2 * segments + 2) * part_size());
+      for (int64_t h = 0; h < op.kv_heads_ * op.group_; ++h) {
+        float spread[kWidest];
+        path().encode_query(op.coder(h / op.group_), q + h * op.head_dim_, scale_, spread, codes_ + h * op.channels_,
+                            factors_ + h, factors_ + heads + h);
+      }
     }
 
-    SparseChoice choice(int64_t head, int64_t stride) const {
+    SparseTask task(int64_t head, int64_t segment) const {
+      const int64_t first = head * op_.group_, heads = op_.kv_heads_ * op_.group_;
+      SparseTask t{};
+      t.q_codes = codes_ + first * op_.channels_;
+      t.factors = factors_ + first;
+      t.constants = factors_ + heads + first;
+      t.codes = summary_.codes + head * summary_.code_bytes;
+      t.means = summary_.means + head * summary_.pages * op_.head_dim_;
+      t.heads = op_.group_;
+      t.head_dim = op_.head_dim_;
+      t.channels = op_.channels_;
+      t.fine = op_.fine_;
+      t.first_block = blocks_ * segment / segments_;
+      t.last_block = blocks_ * (segment + 1) / segments_;
+      t.blocks = blocks_;
+      t.sinks = sinks_;
+      t.recent = recent_;
+      t.stride = stride();
+      t.weights = weights_ + first * stride();
+      t.references = blockwise_ + first * blocks_;
+      t.sums = t.references + heads * blocks_;
+      t.gains = t.sums + heads * blocks_;
+      return t;
+    }
+
+    // The window and the sinks exactly, then each head's whole, and what is selected.
+    void choose(int64_t head) const {
+      const SparseTask t = task(head, 0);
+      exactly(head, keys_ + head * cache_ * t.head_dim, values_ + head * cache_ * t.head_dim, sinks_, sink_part(head));
+      const int64_t from = (head * cache_ + recent_) * t.head_dim;
+      exactly(head, keys_ + from, values_ + from, total_ - recent_, sink_part(head) + part_size());
+      const float *sinks = sink_part(head) + t.heads * t.head_dim, *recent = sinks + part_size();
+      for (int64_t h = 0; h < t.heads; ++h) {
+        const float *references = t.references + h * blocks_, *sums = t.sums + h * blocks_;
+        float top = std::max(read(sinks + h), read(recent + h)), whole = 0.0f;
+        for (int64_t b = 0; b < blocks_; ++b) top = std::max(top, references[b] / kLog2E);
+        for (const float* part : {sinks, recent}) whole += std::exp(part[h] - top) * part[t.heads + h];
+        float* gains = const_cast<float*>(t.gains) + h * blocks_;
+        for (int64_t b = 0; b < blocks_; ++b) whole += sums[b] * (gains[b] = std::exp(references[b] / kLog2E - top));
+        for (int64_t b = 0; b < blocks_; ++b) gains[b] /= whole;
+        whole_[head * t.heads + h] = top + std::log(whole);
+      }
       SparseChoice c{};
       c.exact_count = exact_;
       c.following_count = op_.followers_;
-      c.distance = scratch<float, Use::kDistances>(static_cast<size_t>(stride));
-      c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride));
-      c.exact = exact(head);
+      c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride()));
+      c.highest = scratch<float, Use::kHighest>(static_cast<size_t>(stride()));
+      c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride()));
+      c.exact = places(head);
       c.following = c.exact + exact_;
-      c.weights = weights_ + head * op_.group_ * following_;
-      c.weights_stride = following_;
+      c.kept = kept_ + head * t.heads * following_;
+      c.kept_stride = following_;
       c.exact_found = found_ + 2 * head;
       c.following_found = c.exact_found + 1;
-      return c;
+      path().select(t, c);
     }
 
-    // Add what follows in the task's blocks, with its own values.
-    void follow(const SparseTask& t, int64_t head) const {
-      const int32_t* places = exact(head) + exact_;
-      const auto [from, to] = inside(t, places, found_[2 * head + 1]);
-      if (from == to) return;
-      int32_t* positions = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from));
-      for (int64_t i = from; i < to; ++i) positions[i - from] = position(places[i]);
-      const float* weights = weights_ + head * op_.group_ * following_;
-      for (int64_t h = 0; h < t.heads; ++h) {
-        for (int64_t i = from; i < to; ++i) t.sums[h] += weights[h * following_ + i];
-      }
-      path().gather(values_ + head * cache_ * t.head_dim, positions, to - from, t.heads, weights + from, following_,
-                    t.head_dim, t.out);
-    }
-
-    // Exact attention to what is chosen in the task's blocks, and to the sinks and the newest positions.
-    void attend(const SparseTask& t, int64_t head, bool first, bool last, float* out) const {
+    // What is left of a segment by its shares, and what was chosen there exactly.
+    void attend(int64_t head, int64_t segment) const {
+      SparseTask t = task(head, segment);
       const int64_t d = t.head_dim;
-      const int32_t* places = exact(head);
-      const auto [from, to] = inside(t, places, found_[2 * head]);
-      const int64_t chosen = to - from, before = first ? sinks : 0, after = last ? total_ - recent : 0;
-      const int64_t count = before + chosen + after;
+      float pages[kMostHeads * kLanes];
+      t.out = tail_part(head, segment);
+      t.totals = t.out + t.heads * d;
+      t.pages = t.heads <= kMostHeads ? pages : scratch<float, Use::kPages>(static_cast<size_t>(t.heads * kLanes));
+      path().weigh(t);
+      follow(t, head);
+      const auto [from, to] = inside(t, places(head), found_[2 * head]);
+      const int64_t count = to - from;
       uint16_t* rows = scratch<uint16_t, Use::kGathered>(static_cast<size_t>(2 * count * d));
-      const size_t bytes = static_cast<size_t>(d) * sizeof(uint16_t);
-      const uint16_t *from_keys = keys_ + head * cache_ * d, *from_values = values_ + head * cache_ * d;
-      for (const auto& [source, row] : {std::pair{from_keys, rows}, {from_values, rows + count * d}}) {
-        std::memcpy(row, source, static_cast<size_t>(before) * bytes);
-        for (int64_t i = 0; i < chosen; ++i) {
-          if (i + 8 < chosen) __builtin_prefetch(source + position(places[from + i + 8]) * d);
-          std::memcpy(row + (before + i) * d, source + position(places[from + i]) * d, bytes);
+      for (const auto& [source, row] : {std::pair{keys_, rows}, {values_, rows + count * d}}) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int32_t* at = places(head) + from + i;
+          if (i + 8 < count) __builtin_prefetch(source + (head * cache_ + position(at[8])) * d);
+          std::memcpy(row + i * d, source + (head * cache_ + position(at[0])) * d, static_cast<size_t>(d) * sizeof(uint16_t));
         }
-        std::memcpy(row + (before + chosen) * d, source + recent * d, static_cast<size_t>(after) * bytes);
       }
-      DecodeTask task{};
-      task.q = q_ + head * t.heads * d;
-      task.keys = rows;
-      task.values = rows + count * d;
-      task.count = count;
-      task.count_padded = (count + kLanes - 1) / kLanes * kLanes;
-      task.heads = t.heads;
-      task.head_dim = d;
-      task.scale = scale;
-      task.out = out;
-      task.maxima = out + t.heads * d;
-      task.sums = task.maxima + t.heads;
-      task.scratch = scratch<float, Use::kChosen>(static_cast<size_t>(4 * task.count_padded));
-      path().decode(task);
+      exactly(head, rows, rows + count * d, count, t.out + part_size());
+    }
+
+    // A head's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
+    void join(int64_t h, float* out) const {
+      const int64_t d = op_.head_dim_, head = h / op_.group_, own = h % op_.group_;
+      const float *tails = tail_part(head, 0), *sums = tails + op_.group_ * d + own;
+      float top = whole_[h], total = 0.0f;
+      const auto is_tail = [&](int64_t i) { return i < 2 * segments_ && i % 2 == 0; };
+      for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
+        if (!is_tail(i)) top = std::max(top, sums[i * part_size()]);
+      }
+      std::fill(out, out + d, 0.0f);
+      for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
+        const float* part = tails + i * part_size();
+        const float maximum = part[op_.group_ * d + own], sum = part[op_.group_ * (d + 1) + own];
+        const float factor = std::exp((is_tail(i) ? whole_[h] : maximum) - top);
+        total += factor * (is_tail(i) ? maximum : sum);
+        for (int64_t c = 0; c < d; ++c) out[c] += factor * part[own * d + c];
+      }
+      for (int64_t c = 0; c < d; ++c) out[c] /= total;
     }
 
    private:
+    static constexpr int64_t kMostHeads = 16;
+    static constexpr float kLog2E = 1.44269504088896341f;
+
+    int64_t stride() const { return blocks_ * kBlockTokens; }
+
+    // Of a part: sums of values, [group][head_dim], and [group] maxima and [group] sums of weights; or [group] totals of shares.
+    // A head has a tail and an exact part for each segment, in turns, then the sinks and the newest positions.
+    int64_t part_size() const { return op_.group_ * (op_.head_dim_ + 2); }
+    float* tail_part(int64_t head, int64_t segment) const {
+      return parts_ + (head * (2 * segments_ + 2) + 2 * segment) * part_size();
+    }
+    float* sink_part(int64_t head) const { return tail_part(head, segments_); }
+    int32_t* places(int64_t head) const { return places_ + head * (exact_ + following_); }
+
     static int32_t position(int32_t place) {
       constexpr int32_t kPage = kPageTokens, kBlock = kBlockTokens;
       return place / kBlock * kBlock + place % kLanes * kPage + place % kBlock / kLanes;
@@ -376,15 +369,51 @@ class Attend {
       return {below(t.first_block), below(t.last_block)};
     }
 
-    int32_t* exact(int64_t head) const { return places_ + head * (exact_ + following_); }
+    // Add what follows in the task's blocks, with its own values.
+    void follow(const SparseTask& t, int64_t head) const {
+      const int32_t* following = places(head) + exact_;
+      const auto [from, to] = inside(t, following, found_[2 * head + 1]);
+      if (from == to) return;
+      int32_t* positions = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from));
+      for (int64_t i = from; i < to; ++i) positions[i - from] = position(following[i]);
+      const float* kept = kept_ + head * t.heads * following_;
+      for (int64_t h = 0; h < t.heads; ++h) {
+        for (int64_t i = from; i < to; ++i) t.totals[h] += kept[h * following_ + i];
+      }
+      path().gather(values_ + head * cache_ * t.head_dim, positions, to - from, t.heads, kept + from, following_,
+                    t.head_dim, t.out);
+    }
+
+    // Exact attention of a head's group to rows that stand together.
+    void exactly(int64_t head, const uint16_t* keys, const uint16_t* values, int64_t count, float* out) const {
+      DecodeTask task{};
+      task.heads = op_.group_;
+      task.head_dim = op_.head_dim_;
+      task.q = q_ + head * task.heads * task.head_dim;
+      task.keys = keys;
+      task.values = values;
+      task.count = count;
+      task.count_padded = (count + kLanes - 1) / kLanes * kLanes;
+      task.scale = scale_;
+      task.out = out;
+      task.maxima = out + task.heads * task.head_dim;
+      task.sums = task.maxima + task.heads;
+      task.scratch = scratch<float, Use::kChosen>(static_cast<size_t>(4 * task.count_padded));
+      path().decode(task);
+    }
 
     const Attend& op_;
     const float* q_;
     const uint16_t *keys_, *values_;
-    int64_t cache_, total_, exact_, following_;
-    int32_t* places_;   // [kv_heads][exact and following]
-    float* weights_;    // [kv_heads][group][following]
-    int64_t* found_;    // [kv_heads][2]
+    int64_t cache_, total_, blocks_, segments_;
+    const Summary& summary_;
+    int64_t sinks_, recent_;  // positions below and from here on are attended to in any case
+    int64_t exact_, following_;
+    float scale_;
+    int8_t* codes_;
+    float *factors_, *weights_, *blockwise_, *whole_, *kept_, *parts_;
+    int32_t* places_;  // [kv_heads][exact and following]
+    int64_t* found_;   // [kv_heads][2]
   };
 
   // Norm where there is one, then the rotation of halves.
@@ -480,9 +509,10 @@ class Attend {
   }
 
   int64_t kv_heads_, group_, head_dim_, window_;
-  int64_t sinks_ = 0, recent_ = 1, followers_ = 0, dense_below_ = 0, width_ = 32;
+  int64_t sinks_ = 0, recent_ = 1, followers_ = 0, dense_below_ = 0, fine_ = 0, channels_ = 0;
   const float* center_ = nullptr;
-  const float* step_ = nullptr;
+  const float* encoder_ = nullptr;
+  const float* decoder_ = nullptr;
   float epsilon_ = 0.0f;
   const float* q_norm_ = nullptr;
   const float* k_norm_ = nullptr;
@@ -505,10 +535,10 @@ struct NormAttention : Attend<true, false> {
 
 struct HadamardSparseAttention : Attend<false, true> {
   using Attend::Attend;
-  // qkv, past_key, past_value, past_codes, past_means, last, cos, sin, center, step, budget
+  // qkv, past_key, past_value, past_codes, past_means, last, cos, sin, center, encoder, decoder, budget
   static constexpr const char* kName = "HadamardSparseAttention";
   static constexpr ort::Type kInputs[] = {ort::kFloat, ort::kHalf,  ort::kHalf,  ort::kUint8, ort::kHalf, ort::kInt32,
-                                          ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
+                                          ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
   static constexpr ort::Type kOutputs[] = {ort::kFloat, ort::kHalf, ort::kHalf, ort::kUint8, ort::kHalf};
 };
 
@@ -517,7 +547,7 @@ struct NormHadamardSparseAttention : Attend<true, true> {
   static constexpr const char* kName = "NormHadamardSparseAttention";  // ... q_norm, k_norm
   static constexpr ort::Type kInputs[] = {ort::kFloat, ort::kHalf,  ort::kHalf,  ort::kUint8, ort::kHalf,
                                           ort::kInt32, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
-                                          ort::kInt32, ort::kFloat, ort::kFloat};
+                                          ort::kFloat, ort::kInt32, ort::kFloat, ort::kFloat};
   static constexpr ort::Type kOutputs[] = {ort::kFloat, ort::kHalf, ort::kHalf, ort::kUint8, ort::kHalf};
 };
 

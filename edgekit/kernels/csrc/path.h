@@ -108,40 +108,55 @@ struct DecodeTask {
 constexpr int64_t kPageTokens = 16;    // positions that share a mean value
 constexpr int64_t kBlockTokens = 256;  // positions whose codes stand together
 
+// How keys of one key-value head become codes, and queries integers: see sparse.inl.
+struct KeyCoder {
+  const float* center;   // [head_dim]
+  const float* encoder;  // [head_dim][channels]
+  const float* decoder;  // [head_dim][channels]
+  int64_t head_dim;
+  int64_t channels;      // that have a code, a multiple of 16
+  int64_t fine;          // of those, with four bits; the others have two
+};
+
 // Hadamard sparse attention over the query heads of one key-value head, for the blocks first_block..last_block of the
-// cache. `estimate` fills estimates and peaks. When the peaks are those of all blocks, `select` takes out what is attended
-// otherwise, and `weigh` sums up the rest.
+// cache. `estimate` fills weights, references and sums. When the gains of all blocks are known, weight * gain being a
+// position's share of the whole, `select` takes out what is attended otherwise, and `weigh` sums up the rest.
 struct SparseTask {
-  const int8_t* q_codes;    // [heads][width]
+  const int8_t* q_codes;    // [heads][channels]
   const float* factors;     // [heads]
   const float* constants;   // [heads]
-  const uint8_t* codes;     // [blocks][16][4 * width]
+  const uint8_t* codes;     // [blocks][16][4 * head_dim]
   const uint16_t* means;    // [pages][head_dim] float16
   int64_t heads;
   int64_t head_dim;
-  int64_t width;            // the power of two that head_dim is padded to
+  int64_t channels;
+  int64_t fine;
   int64_t first_block;
   int64_t last_block;
+  int64_t blocks;           // in all
   int64_t sinks;            // positions below are no candidates
   int64_t recent;           // nor are those from here on
-  int64_t stride;           // floats of a head's estimates
-  float* estimates;         // [heads][stride]
+  int64_t stride;           // floats of a head's weights
+  float* weights;           // [heads][stride]
+  float* references;        // [heads][blocks]
+  float* sums;              // [heads][blocks]
+  const float* gains;       // [heads][blocks]
   float* pages;             // [heads][16], to work in
-  float* peaks;             // [heads]
-  float* sums;              // [heads]
+  float* totals;            // [heads]
   float* out;               // [heads][head_dim]
 };
 
-// What `select` is to choose, and where it leaves it. A place is where a position stands among the estimates.
+// What `select` is to choose, and where it leaves it. A place is where a position stands among the weights.
 struct SparseChoice {
   int64_t exact_count;
   int64_t following_count;
-  float* distance;         // [stride], to work in
+  float* shares;           // [stride], to work in
+  float* highest;          // [stride], to work in
   int32_t* places;         // [stride], to work in
   int32_t* exact;          // [exact_count]
   int32_t* following;      // [following_count]
-  float* weights;          // [heads][weights_stride], of those that follow; the stride is a multiple of 16
-  int64_t weights_stride;
+  float* kept;             // [heads][kept_stride], the shares of those that follow
+  int64_t kept_stride;
   int64_t* exact_found;
   int64_t* following_found;
 };
@@ -160,10 +175,9 @@ struct Path {
   void (*attend)(const AttentionTask& task);
   void (*decode)(const DecodeTask& task);
   // See sparse.inl.
-  void (*encode)(const float* key, const float* center, float step, int64_t head_dim, int64_t width, int64_t position,
-                 float* spread, uint8_t* codes);
-  void (*encode_query)(const float* q, const float* center, float step, float scale, int64_t head_dim, int64_t width,
-                       float* spread, int8_t* codes, float* factor, float* constant);
+  void (*encode)(const KeyCoder& coder, float* key, int64_t position, float* spread, uint8_t* codes);
+  void (*encode_query)(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
+                       float* constant);
   void (*estimate)(const SparseTask& task);
   void (*select)(const SparseTask& task, const SparseChoice& choice);
   void (*weigh)(const SparseTask& task);

@@ -146,9 +146,9 @@ inline __m256i four_times_eight(const int8_t* x) {  // 4 bytes, the same for 8 l
 constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
 inline Bytes wide(Bytes b) { return b; }
 
-template <int Bits>
+template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  for (int k = 0; k < 8; ++k) {
+  for (int k = 0; k < Runs; ++k) {
     const __m256i four = four_times_eight(x + 4 * k);
     acc.lo = _mm256_dpbusd_avx_epi32(acc.lo, codes[k].lo, four);
     acc.hi = _mm256_dpbusd_avx_epi32(acc.hi, codes[k].hi, four);
@@ -171,12 +171,12 @@ inline __m256i signed_pairs(__m256i codes, __m256i x) {
   return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
 }
 
-template <int Bits>
+template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  constexpr int kRuns = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
+  constexpr int kRuns = Bits <= 4 ? Runs : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i lo = _mm256_setzero_si256(), hi = _mm256_setzero_si256();
-  for (int first = 0; first < 8; first += kRuns) {
+  for (int first = 0; first < Runs; first += kRuns) {
     __m256i short_lo = _mm256_setzero_si256(), short_hi = _mm256_setzero_si256();
     for (int k = first; k < first + kRuns; ++k) {
       const __m256i four = four_times_eight(x + 4 * k);

@@ -97,10 +97,10 @@ inline Bytes quarter(Bytes b) {
 }
 inline Bytes wide(Bytes b) { return b; }  // 8-bit codes in the form that `dot` wants
 
-// acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
-template <int Bits>
+// acc + the sum over a lane's 4 * Runs codes times x, 32 or 16. codes[k] holds columns 4k to 4k + 3 of every lane.
+template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  for (int k = 0; k < 8; ++k) {
+  for (int k = 0; k < Runs; ++k) {
     int32_t four;
     std::memcpy(&four, x + 4 * k, 4);
     acc.v = _mm512_dpbusd_epi32(acc.v, codes[k].v, _mm512_set1_epi32(four));

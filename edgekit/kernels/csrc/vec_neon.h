@@ -198,15 +198,16 @@ inline int32x4_t dot_run(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
-// acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
-template <int Bits>
+// acc + the sum over a lane's 4 * Runs codes times x, 32 or 16. codes[k] holds columns 4k to 4k + 3 of every lane.
+template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  const int8x16_t first = vld1q_s8(x), last = vld1q_s8(x + 16);
+  const int8x16_t first = vld1q_s8(x), last = vld1q_s8(x + 4 * Runs - 16);
   for (int i = 0; i < 4; ++i) {
     acc.v[i] = dot_run<0>(acc.v[i], codes[0].v[i], first);
     acc.v[i] = dot_run<1>(acc.v[i], codes[1].v[i], first);
     acc.v[i] = dot_run<2>(acc.v[i], codes[2].v[i], first);
     acc.v[i] = dot_run<3>(acc.v[i], codes[3].v[i], first);
+    if constexpr (Runs == 4) continue;
     acc.v[i] = dot_run<0>(acc.v[i], codes[4].v[i], last);
     acc.v[i] = dot_run<1>(acc.v[i], codes[5].v[i], last);
     acc.v[i] = dot_run<2>(acc.v[i], codes[6].v[i], last);
@@ -220,18 +221,18 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 // The same with products in 16 bits. They hold the sum of 8 products with codes of up to 4 bits, and of the neighbour's
 // 8, 2 * 8 * 15 * 127 = 30480; of 8 products with codes of 5 bits, 8 * 31 * 127 = 31496, of 4 with codes of 6 bits,
 // 4 * 63 * 127 = 32004, and of 2 with codes of 8 bits, 2 * 128 * 127 = 32512.
-template <int Bits>
+template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  constexpr int kRuns = Bits <= 5 ? 8 : Bits == 6 ? 4 : 2;
-  int8x16_t four[8];
-  for (int k = 0; k < 8; ++k) {
+  constexpr int kRuns = Bits <= 5 ? Runs : Bits == 6 ? 4 : 2;
+  int8x16_t four[Runs];
+  for (int k = 0; k < Runs; ++k) {
     int32_t bytes;
     std::memcpy(&bytes, x + 4 * k, 4);
     four[k] = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
   }
   for (int i = 0; i < 4; ++i) {
     int32x4_t low_pairs = vdupq_n_s32(0), high_pairs = low_pairs;
-    for (int first = 0; first < 8; first += kRuns) {
+    for (int first = 0; first < Runs; first += kRuns) {
       int16x8_t low = vdupq_n_s16(0), high = low;
       for (int k = first; k < first + kRuns; ++k) {
         const int8x16_t run = vreinterpretq_s8_u8(codes[k].v[i]);

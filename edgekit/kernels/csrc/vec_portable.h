@@ -217,14 +217,14 @@ inline Int4 pairs(Short8 a) {
   return (both << 16 >> 16) + (both >> 16);
 }
 
-// acc + the sum over a lane's 32 codes times x. codes[k] holds columns 4k to 4k + 3 of every lane.
+// acc + the sum over a lane's 4 * Runs codes times x, 32 or 16. codes[k] holds columns 4k to 4k + 3 of every lane.
 //
 // 16 bits hold the sum of 8 products with codes of up to 5 bits, 8 * 31 * 127 = 31496, of 4 with codes of 6 bits,
 // 4 * 63 * 127 = 32004, and of 2 with codes of 8 bits, 2 * 128 * 127 = 32512.
-template <int Bits>
+template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  constexpr int kRuns = Bits <= 5 ? 8 : Bits == 6 ? 4 : 2;
-  for (int first = 0; first < 8; first += kRuns) {
+  constexpr int kRuns = Bits <= 5 ? Runs : Bits == 6 ? 4 : 2;
+  for (int first = 0; first < Runs; first += kRuns) {
     Short8 four[kRuns];
     for (int k = 0; k < kRuns; ++k) {
       const int8_t* from = x + 4 * (first + k);
