@@ -86,8 +86,9 @@ $(VENV)/.full: $(VENV)/.dev
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,compress]' accelerate
 	@touch $@
 
+# GCC 12 drops stores that configure the matrix unit in llama.cpp, which then crashes where there is one.
 $(VENV)/.bench: $(VENV)/.full
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-dse -fno-tree-dse'" $(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.cross: $(VENV)/.dev
