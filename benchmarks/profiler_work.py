@@ -86,12 +86,13 @@ def overhead(bundle: str, rounds: str, times: str) -> None:
 
 
 def memory(bundle: str, context: str) -> None:
+    """PSS divides the pages of libraries by how many processes map them; RSS is what PSS is where only one does."""
     with PeakMemory(hz=50) as peak:
         session = Session.open(bundle, context=int(context))
         latency.fill(session.engine, int(context) - 8)
         for _ in range(8):
             session.engine.forward([3])
-    print(json.dumps([session.memory.total_bytes, peak.peak_pss_bytes]))
+    print(json.dumps([session.memory.total_bytes, peak.peak_rss_bytes]))
 
 
 def slow(*words: str) -> None:
