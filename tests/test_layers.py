@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -286,3 +287,11 @@ print(*(name for name in sys.modules if name.startswith("edgekit.")))
     packages, ours = run_without(HEAVY, code).splitlines()
     assert set(packages.split()) == {"edgekit", "click"}
     assert {layer_of(name.removeprefix("edgekit.")) for name in ours.split()} == {"core", "cli"}
+
+
+def test_onnxruntime_keeps_no_record_of_what_runs(tmp_path: Path) -> None:
+    code = "import edgekit.runtime.engine, onnxruntime as ort; ort.get_available_providers()"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,8 @@
 tokens generated one by one from an empty cache; tokenising and sampling take no part. Time to first token is what a
 user waits for: tokenising, prefill and sampling of a text of that length. Each repetition reads another prompt, and the
 cache is emptied before each, so that no prefix cache can help.
+Before each the engine works untimed for a moment (`wake`): a pause, in which sensors were read, lets its threads sleep,
+and the first tenth of a second after it is slower by up to a quarter. llama-bench never pauses and sees none of that.
 Source: llama.cpp, tools/llama-bench.
 """
 
@@ -30,6 +32,8 @@ from edgekit.runtime.session import Session, Timing
 
 Span = tuple[float, float]  # of time.perf_counter, seconds
 
+WAKE_S = 0.1
+
 
 @dataclass(frozen=True)
 class Repetition:
@@ -47,14 +51,30 @@ def repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: 
     """Prefill, decode and first token of the prompt that `seed` draws."""
     engine = session.engine
     ids = np.random.default_rng(seed).integers(0, session.bundle.spec.vocabulary, prompt_tokens).tolist()
-    engine.rewind(0)
-    begin = time.perf_counter()
-    engine.forward(ids)
-    prefill = (begin, time.perf_counter())
+    wake(engine)
+    prompt = prefill(engine, ids)
     inside = engine.run_seconds
     decode, gaps = generate(engine, ids[0], generate_tokens)
     inside = engine.run_seconds - inside
-    return Repetition(prefill, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
+    return Repetition(prompt, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
+
+
+def wake(engine: Engine) -> None:
+    """Generate for `WAKE_S` seconds, one token at least, so that what is timed next finds the threads running."""
+    until = time.perf_counter() + WAKE_S
+    engine.rewind(0)
+    engine.forward([0])
+    while time.perf_counter() < until:
+        engine.rewind(len(engine.tokens) % engine.context)
+        engine.forward([0])
+
+
+def prefill(engine: Engine, ids: Sequence[int]) -> Span:
+    """Read a prompt from an empty cache."""
+    engine.rewind(0)
+    begin = time.perf_counter()
+    engine.forward(ids)
+    return begin, time.perf_counter()
 
 
 def generate(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:

@@ -41,10 +41,12 @@ class Engine:
         *,
         context: int,
         threads: int,
+        decode_threads: int | None = None,
         budget: int | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Load the graph; `trace` is how the file of `end_trace` begins, `budget` the one of sparse attention.
+        """Load the graph. `decode_threads` is for single tokens, where our kernels run, `budget` the one of sparse
+        attention, `trace` how the file of `end_trace` begins.
 
         Raises DeviceError when onnxruntime refuses it or the cache cannot be had.
         """
@@ -54,13 +56,15 @@ class Engine:
         self.tokens: list[int] = []
         self.run_seconds = 0.0
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = max(threads, decode_threads or 1)
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised as well
         if trace is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(trace)
         wanted = spec.operators == "edgekit"
-        self.native = wanted and library.register(options, decode_threads=threads, prefill_threads=threads)
+        self.native = wanted and library.register(
+            options, decode_threads=decode_threads or threads, prefill_threads=threads
+        )
         self.kernels = library.path_name() or "stock" if self.native else "stock"
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

@@ -24,6 +24,7 @@ from edgekit.runtime.engine import Engine
 from edgekit.runtime.sampling import Constraint, Sampler, Sampling
 from edgekit.runtime.template import ChatTemplate, Message
 from edgekit.runtime.text import TextStream, whole
+from edgekit.runtime.threads import kept
 
 Prompt = str | Sequence[Message]
 
@@ -68,7 +69,8 @@ class Session:
         threads: int | None = None,
         budget: int | None = None,
     ) -> Session:
-        """Open a bundle. `context` defaults to the bundle's, `threads` to the cores that this machine has for it.
+        """Open a bundle. `context` defaults to the bundle's, `threads` to what a sweep found best here for prefill and
+        for decode (`edgekit.runtime.threads`), else to the cores that this machine has for it.
         `budget` is how many positions a token attends to exactly, where the bundle has sparse attention.
 
         Raises UserError or ModelError for a bad bundle, BudgetError before loading when memory does not suffice.
@@ -86,11 +88,14 @@ class Session:
         plan = plan_memory(bundle.spec, context=context or limit)
         plan.refuse_if_too_large()
         tokenizer = _tokenizer(bundle)
+        all_cores = threads or host_device().threads or 1
+        prefill, decode = (None if threads else kept(bundle)) or (all_cores, all_cores)
         engine = Engine(
             bundle.file(MODEL),
             bundle.spec,
             context=context or limit,
-            threads=threads or host_device().threads or 1,
+            threads=prefill,
+            decode_threads=decode,
             budget=budget,
         )
         return cls(bundle, engine, tokenizer, _template(bundle))
