@@ -101,3 +101,14 @@ def test_a_damaged_cache_counts_as_none(tmp_path: Path, monkeypatch: pytest.Monk
     (path,) = (tmp_path / "eval").iterdir()
     path.write_text("{")
     assert cached(key, lambda: [3]) == [3]
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "file"))
+    words = ("--text", home / "book.txt", "--window", "16", "--windows", "2", "--choices", home / "questions.jsonl")
+    done = ok("eval", home / "a", *words)
+    assert done.err.count("results are not kept") == 1
+    assert "perplexity" in done.out

@@ -185,6 +185,7 @@ class _Run:
         self.names = [Path(spec).resolve().name if os.path.exists(spec) else spec for spec in specs]
         self._options, self._fresh, self._quiet = options, fresh, quiet
         self._open: dict[int, Scorer] = {}
+        self._told = False  # that the cache cannot be written
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Run:
@@ -207,7 +208,14 @@ class _Run:
         from edgekit.evaluate.cache import cached
 
         key = {"kind": kind, "models": [self.digests[side] for side in sides], **self._options, **facts}
-        return cached(key, compute, fresh=self._fresh)
+        return cached(key, compute, fresh=self._fresh, on_trouble=self._tell)
+
+    def _tell(self, why: str) -> None:
+        from edgekit.report import plain
+
+        if not self._told:
+            click.echo(plain(f"[{why}]"), err=True)
+        self._told = True
 
     def perplexity(self, name: str, text: str, *, window: int, windows: int | None) -> dict[str, Any]:
         import dataclasses
