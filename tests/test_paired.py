@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgekit.errors import UserError
 from edgekit.evaluate.against import compare_task
 from edgekit.evaluate.choices import Answer, Item
-from edgekit.evaluate.paired import chance_of_right, compare_answers, mcnemar, mean_interval, t_test
+from edgekit.evaluate.paired import compare_answers, mcnemar, mean_interval, smooth_changes, t_test
 
 ITEM = Item("q", ("a", "b", "c", "d"), 0)
 
@@ -54,12 +54,41 @@ def test_t_test_at_its_ends() -> None:
     assert t_test([1.0, -1.0]) == pytest.approx(1)
 
 
-@given(st.lists(st.floats(-1e3, 0), min_size=2, max_size=6))
-def test_chances_are_a_distribution_and_follow_the_likeliest(sums: list[float]) -> None:
-    found = [chance_of_right(sums, answer) for answer in range(len(sums))]
-    assert sum(found) == pytest.approx(100)
-    assert max(found) == found[int(np.argmax(sums))]
-    assert chance_of_right(sums[:1], 0) == pytest.approx(100 * math.exp(sums[0]))
+def slow_changes(a: Any, b: Any, right: Any) -> list[float]:
+    """One item after the other, as the module's formula stands."""
+
+    def margin(sums: Any, at: int) -> float:
+        return sums[at] - max(value for index, value in enumerate(sums) if index != at)
+
+    moved = [margin(y, at) - margin(x, at) for x, y, at in zip(a, b, right, strict=True) if len(x) > 1]
+    scale = float(np.std(moved))
+
+    def count(sums: Any, at: int) -> float:
+        if len(sums) == 1:
+            return math.exp(sums[0])
+        weights = [math.exp((value - max(sums)) / scale) for value in sums]
+        return weights[at] / sum(weights)
+
+    return [100 * (count(y, at) - count(x, at)) for x, y, at in zip(a, b, right, strict=True)]
+
+
+def test_smooth_changes_are_those_of_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [1, 2, 3, 4, 5, 2, 1, 4]
+    a, b = ([(-9 * rng.random(size)).tolist() for size in sizes] for _ in "ab")
+    right = [int(rng.integers(size)) for size in sizes]
+    assert smooth_changes(a, b, right) == pytest.approx(slow_changes(a, b, right))
+    assert smooth_changes(b, a, right) == pytest.approx(-smooth_changes(a, b, right))
+
+
+@pytest.mark.filterwarnings("error")
+def test_smooth_changes_at_their_ends() -> None:
+    same = [[-1.0, -2.0], [-3.0], [-1.0, -1.0, -4.0]]
+    assert smooth_changes(same, same, [0, 0, 2]).tolist() == [0, 0, 0]
+    assert smooth_changes([[-1.0]], [[-2.0]], [0]) == pytest.approx([100 * (math.exp(-2) - math.exp(-1))])
+    hard = smooth_changes([[0.0, -1e9]] * 3 + [[-1.0, -2.0]], [[0.0, -1e9]] * 3 + [[-2.0, -1.0]], [0] * 4)
+    assert hard[:3].tolist() == [0, 0, 0]
+    assert -100 <= hard[3] < 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))

@@ -12,14 +12,14 @@ from edgekit.evaluate.paired import (
     SIGNIFICANT,
     PairedMean,
     PairedShare,
-    chance_of_right,
     compare_answers,
     mean_interval,
+    smooth_changes,
     t_test,
 )
 from edgekit.report import Measurement, Row, Table
 
-NOTE = "lost: right under A alone; changed: other choices; chance: of the right choice, B - A in points"
+NOTE = "lost: right under A alone; changed: other choices; smooth: answers near a tie count in part"
 MARGIN = 2.0  # points: what "no worse" allows where nobody says
 
 
@@ -36,20 +36,22 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """B against A on one file of questions: by likelihood, and by likelihood over bytes. `chance` is what the chance of
-    the right choice changed by, B - A in points, `chance_p` its p-value."""
+    """B against A on one file of questions: by likelihood, and by likelihood over bytes.
+
+    `smooth` is what smooth accuracy changed by, B - A in points, `smooth_p` its p-value.
+    """
 
     task: str
     plain: PairedShare
     by_bytes: PairedShare
-    chance: PairedMean
-    chance_p: float
+    smooth: PairedMean
+    smooth_p: float
     worst: tuple[Example, ...]
 
     @property
     def changed(self) -> bool:
         """Whether the two models differ by more than chance, at 95%: by the sharper of the tests."""
-        return self.chance_p < SIGNIFICANT
+        return self.smooth_p < SIGNIFICANT
 
 
 def compare_task(
@@ -62,10 +64,7 @@ def compare_task(
         if before.right and not answer.right
     ]
     spoiled.sort(key=lambda found: -found[0])
-    drift = [
-        chance_of_right(after.sums, after.answer) - chance_of_right(before.sums, before.answer)
-        for before, after in zip(a, b, strict=True)
-    ]
+    changes = smooth_changes([x.sums for x in a], [y.sums for y in b], [x.answer for x in a])
     return TaskComparison(
         task,
         compare_answers(
@@ -78,8 +77,8 @@ def compare_task(
             [answer.right_norm for answer in b],
             changed=sum(x.picked_norm != y.picked_norm for x, y in zip(a, b, strict=True)),
         ),
-        mean_interval(drift),
-        t_test(drift),
+        mean_interval(changes),
+        t_test(changes),
         tuple(
             Example(task, item.context, item.choices[item.answer], _chosen(item, answer), margin)
             for margin, item, answer in spoiled[:examples]
@@ -110,12 +109,13 @@ def rows_of_task(found: TaskComparison, *, within: float) -> list[Measurement]:
                 note=f"{share.lost} lost, {share.gained} gained, {share.changed} others; {verdict} within {within:g}",
             ),
         ]
-    note = "mean chance of the right choice"
-    drift, n = found.chance, found.chance.n
-    rows.append(
-        Measurement(f"chance difference, {found.task}", drift.mean, "points", n=n, spread=_half(drift), note=note)
-    )
-    rows.append(Measurement(f"chance p-value, {found.task}", found.chance_p, "", n=n, note="paired t"))
+    smooth, n, note = found.smooth, found.smooth.n, "sharper: answers near a tie count in part"
+    rows += [
+        Measurement(
+            f"smooth accuracy difference, {found.task}", smooth.mean, "points", n=n, spread=_half(smooth), note=note
+        ),
+        Measurement(f"smooth accuracy p-value, {found.task}", found.smooth_p, "", n=n, note="paired t"),
+    ]
     return rows
 
 
@@ -135,7 +135,7 @@ def rows_of_divergence(name: str, found: Divergence) -> list[Measurement]:
 
 
 def table_of_tasks(found: Sequence[TaskComparison]) -> Table:
-    """One line a task: A, B, difference, interval, p, flips, and the chance of the right choice."""
+    """One line a task: A, B, difference, interval, p, flips, and smooth accuracy."""
     rows = [
         Row(
             task.task,
@@ -149,13 +149,13 @@ def table_of_tasks(found: Sequence[TaskComparison]) -> Table:
                 float(task.plain.lost),
                 float(task.plain.gained),
                 float(task.plain.changed),
-                task.chance.mean,
-                task.chance_p,
+                task.smooth.mean,
+                task.smooth_p,
             ),
         )
         for task in found
     ]
-    columns = ("A, %", "B, %", "B - A", "95% low", "95% high", "p", "lost", "gained", "changed", "chance", "p of it")
+    columns = ("A, %", "B, %", "B - A", "95% low", "95% high", "p", "lost", "gained", "changed", "smooth B - A", "p")
     return Table("task", columns, tuple(rows), note=NOTE)
 
 

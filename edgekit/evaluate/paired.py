@@ -10,9 +10,13 @@ an item to each cell (Agresti and Min), so that it has a width also where no ans
 lower end of the one-sided 95% interval of d lies above -x.
 
 A flip is an answer whose rightness changed, a change any other choice than before: both can be many where d is 0, and
-many flips hide a small d. The chance of the right choice, exp(l_right) / sum of exp(l_choice) over the choices'
-log-likelihoods l, moves little where an answer near a tie flips. Its mean difference and `t_test` of that find a drop
-where McNemar's test cannot; for models that are alike both have the same false alarms.
+many flips hide a small d. So there is a sharper test of whether B is worse. Instead of 1 or 0 an answer counts
+
+    exp(l_right / T) / sum over the choices of exp(l / T),   T = deviation of the changes of l_right - (largest other l)
+
+where l are the choices' log-likelihoods: T is how much the two models differ on one question, so that an answer near a
+tie, which flips by chance, counts nearly the same under both. Of models that are alike the mean difference is 0, and
+`t_test` of it has false alarms once in twenty, as McNemar's test would have at most.
 Source: M. Fagerland, S. Lydersen, P. Laake, The McNemar test for binary matched-pairs data, 2013; A. Agresti, Y. Min,
 Simple improved confidence intervals for comparing matched proportions, 2005; A. Dutta et al., Accuracy is Not All You
 Need, 2024 (flips).
@@ -117,16 +121,37 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(log - total * math.log(2)) for log in logs))
 
 
-def chance_of_right(sums: Sequence[float], answer: int) -> float:
-    """The probability of the right choice among the choices of these log-likelihoods, in percent.
+def smooth_changes(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], right: Sequence[int]
+) -> NDArray[np.float64]:
+    """B - A of each item's smooth count, in points, (n,). `a` and `b` are log-likelihoods of each item's choices.
 
-    Of a single choice it is that of the text itself.
+    Of a single choice the count is the probability of the text.
     """
-    if len(sums) == 1:
-        return 100 * math.exp(sums[0])
-    peak = max(sums)
-    weights = [math.exp(each - peak) for each in sums]
-    return 100 * weights[answer] / math.fsum(weights)
+    x, y, rows = _padded(a), _padded(b), np.arange(len(right))
+    single = np.isneginf(x[:, 1:]).all(axis=1)
+    others = np.zeros_like(x)
+    others[rows, right] = -np.inf
+    with np.errstate(invalid="ignore"):  # a single choice has no other
+        moved = (y[rows, right] - (y + others).max(1)) - (x[rows, right] - (x + others).max(1))
+    spread = float(moved[~single].std()) if not single.all() else 0.0
+    scale = np.where(single, 1.0, max(spread, 1e-9))[:, None]
+    counts = []
+    for values in (x, y):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weights = np.exp((values - values.max(1, keepdims=True)) / scale)
+        share = weights[rows, right] / weights.sum(1)
+        counts.append(np.where(single, np.exp(values[:, 0]), share))
+    found: NDArray[np.float64] = 100 * (counts[1] - counts[0])
+    return np.where((x == y).all(axis=1), 0.0, found)
+
+
+def _padded(sums: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """As one array; what an item has fewer choices is of probability 0."""
+    found = np.full((len(sums), max(2, *map(len, sums))), -np.inf)
+    for row, values in zip(found, sums, strict=True):
+        row[: len(values)] = values
+    return found
 
 
 def t_test(values: Sequence[float] | NDArray[np.float64]) -> float:
