@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--safety", is_flag=True, help="Bias, refusals, toxic words, robustness: the sets that edgekit ships.")
 @click.option("--window", default=1024, show_default=True, help="Tokens of a perplexity window.")
+@click.option("--stride", type=int, help="Begin a window every N tokens and score its last N; of one model.")
 @click.option("--windows", type=int, help="Use only the first N windows.")
 @click.option("--limit", type=int, help="Use only the first N questions of each file.")
 @click.option("--within", default=2.0, show_default=True, help="Of two models: points that OTHER may be worse by.")
@@ -50,6 +51,7 @@ def evaluate(
     choices: tuple[Path, ...],
     safety: bool,
     window: int,
+    stride: int | None,
     windows: int | None,
     limit: int | None,
     within: float,
@@ -75,6 +77,8 @@ def evaluate(
         raise UserError("eval needs something to evaluate on: pass --text FILE, --choices FILE or --safety")
     if not within >= 0 or examples < 0:
         raise UserError(f"--within and --examples must be at least 0: got {within:g} and {examples}")
+    if stride is not None and other is not None:
+        raise UserError("--stride is for one model: two are compared window by window")
     rules = load_policy(policy) if policy else None
     run = _Run(
         specs=[target] if other is None else [target, other],
@@ -83,7 +87,7 @@ def evaluate(
         quiet=as_json,
     )
     with run:
-        report, tasks = _measure(run, text, choices, safety, window, windows, limit, within, examples)
+        report, tasks = _measure(run, text, choices, safety, window, stride, windows, limit, within, examples)
     broken = rules.broken(report) if rules else []
     if as_json:
         click.echo(report.to_json())
@@ -111,6 +115,7 @@ def _measure(
     choices: tuple[Path, ...],
     safety: bool,
     window: int,
+    stride: int | None,
     windows: int | None,
     limit: int | None,
     within: float,
@@ -129,8 +134,9 @@ def _measure(
     rows: list[Measurement] = []
     tables, tasks = {}, []
     if text and len(run.specs) == 1:
-        found = run.perplexity(text.name, content, window=window, windows=windows)
-        note = f"{found['windows']} windows of {window}, second halves"
+        found = run.perplexity(text.name, content, window=window, stride=stride, windows=windows)
+        scored = "second halves" if stride is None else f"stride {stride}"
+        note = f"{found['windows']} windows of {window}, {scored}"
         spread = found["spread"] if found["windows"] > 1 else None
         rows += [
             Measurement(f"perplexity, {text.name}", found["value"], "", n=found["tokens"], spread=spread, note=note),
@@ -217,7 +223,9 @@ class _Run:
             click.echo(plain(f"[{why}]"), err=True)
         self._told = True
 
-    def perplexity(self, name: str, text: str, *, window: int, windows: int | None) -> dict[str, Any]:
+    def perplexity(
+        self, name: str, text: str, *, window: int, stride: int | None, windows: int | None
+    ) -> dict[str, Any]:
         import dataclasses
 
         from edgekit.evaluate.cache import text_digest
@@ -226,10 +234,10 @@ class _Run:
         def compute() -> dict[str, Any]:
             scorer = self.scorer(0)
             with progress(f"perplexity of {name}", quiet=self._quiet) as advance:
-                found = perplexity(scorer, text, window=window, max_windows=windows, on_window=advance)
+                found = perplexity(scorer, text, window=window, stride=stride, max_windows=windows, on_window=advance)
             return dataclasses.asdict(found)
 
-        facts: dict[str, object] = {"text": text_digest(text), "window": window, "windows": windows}
+        facts: dict[str, object] = {"text": text_digest(text), "window": window, "stride": stride, "windows": windows}
         found: dict[str, Any] = self._cached("perplexity", [0], facts, compute)
         return found
 
