@@ -41,7 +41,7 @@ def account(
 
     \b
     edgekit account after.json --against before.json --grid 380 --price 0.30
-    edgekit account --log ~/.local/share/edgekit/conversations.db --against before.json
+    edgekit account --log conversations.db --against before.json
     """
     from edgekit.account import Use
     from edgekit.account import account as run
