@@ -81,7 +81,9 @@ def evaluate(
     from edgekit.report import plain, print_report
 
     if text is None and not choices and not safety and needles is None:
-        raise UserError("eval needs something to evaluate on: pass --text FILE, --choices FILE or --safety, or --needles")
+        raise UserError(
+            "eval needs something to evaluate on: pass --text FILE, --choices FILE or --safety, or --needles"
+        )
     if (needles is None) != (book is None):
         raise UserError("needles are found in a book: pass both --needles FILE and --book FILE")
     if not within >= 0 or examples < 0:
