@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
 from test_reference import tiny_checkpoint
 
 from edgekit.assistant.answer import Citation, Event, Finished, Reply, Routed, Sources, Text
@@ -57,15 +58,23 @@ def served(
     model: Model, *, records: Records | None = None, settings: Settings | None = None, waiting: int = 32
 ) -> Iterator[Served]:
     """Serve a model on a free port of the loopback address."""
-    with Line(waiting=waiting) as line, socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        server = uvicorn_server(make_app(model, line, records=records, settings=settings or Settings()))
+    with Line(waiting=waiting) as line:
+        app = make_app(model, line, records=records, settings=settings or Settings())
+        with listening(app) as port:
+            yield Served(f"http://127.0.0.1:{port}", port, model, line, records)
+
+
+@contextmanager
+def listening(app: ASGIApp) -> Iterator[int]:
+    """Serve an application on a free port of the loopback address."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        server = uvicorn_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.005)
-        port = listener.getsockname()[1]
         try:
-            yield Served(f"http://127.0.0.1:{port}", port, model, line, records)
+            yield listener.getsockname()[1]
         finally:
             server.should_exit = server.force_exit = True
             thread.join(timeout=20)
