@@ -40,14 +40,13 @@ class Encoder:
         """The token ids of the prompt. Raises what `ChatTemplate.render` raises."""
         text = self._template.render(messages)
         words = "\0".join(_texts(messages))
-        spelled = sorted(set(self._special.findall(words))) if self._special else []
-        if not spelled:
+        spelled = set(self._special.findall(words)) if self._special else set()
+        if self._special is None or not spelled:
             return self._ids(text)
         taken = set(words)
         free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
-        marks = dict(zip(spelled, free, strict=False))
+        marks = {token: next(free) for token in spelled}
         tokens = {mark: token for token, mark in marks.items()}
-        assert self._special is not None and len(marks) == len(spelled)
         text = self._template.render(_replaced(messages, self._special, marks))
         parts = re.split(f"([{''.join(tokens)}])", text)
         return [token for part in parts if part for token in self._part(part, tokens)]
