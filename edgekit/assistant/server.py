@@ -176,6 +176,7 @@ class App:
                 "model": model.name,
                 "models": model.names,
                 "documents": model.assistant is not None,
+                "handover": model.assistant.endpoint if model.assistant is not None else None,
                 "context": session.engine.context,
                 "max_tokens": model.max_tokens,
                 "chat": session.template is not None,

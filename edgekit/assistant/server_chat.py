@@ -95,6 +95,8 @@ class Model:
         """The answer's events, ending with `Ended`. Raises ApiError and what the session raises."""
         documents = request.model == self.name + DOCUMENTS
         assert documents or request.model == self.name
+        if request.extras.document is not None and not documents:
+            raise ApiError(f"a document is read by {self.name}{DOCUMENTS}: name that model", param="edgekit")
         source = self._documents(request) if documents else self._filtered(request)
         self.session.go_on = job.wanted
         before, reply, called = self.session.current, None, False
@@ -230,6 +232,7 @@ class Model:
         yield from self.assistant.answer(
             turns[-1]["content"],
             turns[:-1],
+            document=request.extras.document,
             max_tokens=self._most(request),
             sampling=request.sampling,
             stop=request.stop,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgekit.cli.knowledge import EMBEDDER, embedder_option, open_embedder, open_knowledge
+from edgekit.cli.knowledge import EMBEDDER, embedder_option, open_embedder, open_knowledge, open_prefixes
 from edgekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +109,14 @@ def serve(
         for skipped in changes.skipped if changes else ():
             click.echo(f"[left out: {plain(skipped.path)}: {plain(skipped.reason)}]", err=True)
         switch = Switch.open(router, index) if router is not None else None
-        assistant = Assistant(session, index, router=switch, content_filter=content_filter, style=style)  # type: ignore[arg-type]
+        assistant = Assistant(
+            session,
+            index,
+            router=switch,
+            content_filter=content_filter,
+            style=style,  # type: ignore[arg-type]
+            prefixes=open_prefixes(),
+        )
         tools.append(
             search_tool(lambda query: [(p.document, p.heading, p.text) for p in search(index, query).passages])
         )
