@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -39,7 +41,7 @@ from edgekit.assistant.reading import Reading
 from edgekit.assistant.router import AFTER, SHARES, Labelled, Model, encoded, evaluate, fit_router
 from edgekit.assistant.search import search, terms
 from edgekit.assistant.switch import Switch
-from edgekit.assistant.update import Changes, update
+from edgekit.assistant.update import update
 from edgekit.assistant.vectors import Vectors
 from edgekit.cli.knowledge import open_embedder
 from edgekit.compress import compress
@@ -73,19 +75,24 @@ class Place:
         return open_embedder(None, threads=THREADS)
 
     @cached_property
-    def filled(self) -> tuple[Index, Changes]:
-        index = Index.open(self.work / "int8.db", self.embedder, create=True)
-        return index, update(index, self.docs)
-
-    @property
     def index(self) -> Index:
-        return self.filled[0]
+        index = Index.open(self.work / "int8.db", self.embedder, create=True)
+        update(index, self.docs)
+        return index
 
     @cached_property
     def bundle(self) -> Path:
-        compress(open_model("smollm2-135m"), load_recipe("int4"), self.work / "small")
-        export(open_model(str(self.work / "small")), self.work / "small.run", target=find_target(host_target()))
-        return self.work / "small.run"
+        bundle = self.work / "small.run"
+        if not bundle.is_dir():
+            compress(open_model("smollm2-135m"), load_recipe("int4"), self.work / "small", force=True)
+            export(open_model(str(self.work / "small")), bundle, target=find_target(host_target()))
+        return bundle
+
+    def fresh(self, name: str) -> Path:
+        """A path where nothing is of an earlier run."""
+        for left in self.work.glob(f"{name}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return self.work / name
 
     def session(self, *, context: int = 2048) -> Session:
         return Session.open(self.bundle, context=context, threads=THREADS)
@@ -95,7 +102,8 @@ def main() -> None:
     options = arguments(__doc__ or "", sections=tuple(SECTIONS))
     bench = Benchmark("assistant")
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder))
+        kept = os.environ.get("EDGEKIT_BENCH")  # a folder in which the bundle and the index stay for the next run
+        place = Place(Path(kept or folder))
         for name in options.only:
             SECTIONS[name](bench, place, options.quick)
     bench.finish(as_json=options.json)
@@ -103,7 +111,9 @@ def main() -> None:
 
 def measure_index(bench: Benchmark, place: Place, quick: bool) -> None:
     """How long the index takes to make, and a question to be looked up in it."""
-    index, changes = place.filled
+    index = Index.open(place.fresh("timed.db"), place.embedder, create=True)
+    place.docs  # noqa: B018  written now
+    changes = update(index, place.docs)
     assert changes.added == 2067
     bench.value("index 2,067 paragraphs", changes.seconds, "s", note=f"{THREADS} threads, {changes.passages} passages")
     again = update(index, place.docs)
@@ -122,16 +132,16 @@ def measure_recalls(bench: Benchmark, place: Place, quick: bool) -> None:
     """Hybrid retrieval against its parts, with embeddings in 8 bits and in float32."""
     tested = questions("testing", 1000)
     recall = measure_recall(bench, "8 bits", place.index, tested)
-    full = measure_recall(bench, "float32", float_index(place.work, place.docs), tested)
+    full = measure_recall(bench, "float32", float_index(place), tested)
     bench.at_least("hybrid recall@5, 1,000 questions", recall, 0.90)
     bench.at_least("recall@5 of 8-bit embeddings, less that of float32", recall - full, -0.01)
 
 
-def float_index(work: Path, docs: Path) -> Index:
-    bundle = work / "float32"
+def float_index(place: Place) -> Index:
+    bundle = place.fresh("float32")
     export_encoder(open_model("minilm-l6"), bundle, target=find_target(host_target()))
-    index = Index.open(work / "float32.db", Embedder.open(bundle, threads=THREADS), create=True, vectors="float")
-    update(index, docs)
+    index = Index.open(place.fresh("float.db"), Embedder.open(bundle, threads=THREADS), create=True, vectors="float")
+    update(index, place.docs)
     return index
 
 
@@ -162,7 +172,7 @@ def measure_vectors(bench: Benchmark, place: Place, quick: bool) -> None:
     tested = questions("testing", 1000)
     remembering = Remembering(place.embedder)
     for kind in VECTORS:
-        path = place.work / f"vectors.{kind}.db"
+        path = place.fresh(f"vectors.{kind}.db")
         index = Index.open(path, remembering, create=True, vectors=kind)
         update(index, place.docs)
         hits, times = [], []
@@ -195,7 +205,7 @@ def vector_bytes(path: Path) -> float:
 def measure_refusal(bench: Benchmark, place: Place, quick: bool) -> None:
     """How often "I don't know" comes, asked of an index that lacks the articles of half of the questions."""
     tested = questions("testing", 1000)
-    index = Index.open(place.work / "half.db", place.embedder, create=True)
+    index = Index.open(place.fresh("half.db"), place.embedder, create=True)
     update(index, write_paragraphs(place.work / "half", even_only=True))
     refused = {even: [not search(index, q.question).known for q in tested if q.even == even] for even in (True, False)}
     bench.value("questions refused, article in the index", float(np.mean(refused[True])), "", n=len(refused[True]))
@@ -216,7 +226,7 @@ update(index, Path(sys.argv[2]), on_progress=lambda done, total: print(done, flu
 
 def measure_kills(bench: Benchmark, place: Place, quick: bool) -> None:
     """Kill -9 during indexing: what was stored and is lost, and whether the database is whole."""
-    path, chance, docs = place.work / "killed.db", random.Random(0), place.docs
+    path, chance, docs = place.fresh("killed.db"), random.Random(0), place.docs
     lost = broken = 0
     for _ in range(KILLS):
         child = subprocess.Popen([sys.executable, "-c", KILLED, path, docs], stdout=subprocess.PIPE, text=True)
@@ -328,7 +338,7 @@ def measure_privacy(bench: Benchmark, place: Place, quick: bool) -> None:
         settings = Settings(
             Endpoint(url, "larger", seconds=10),
             Choice("", share=1.0),
-            Log(str(place.work / "log.jsonl")),
+            Log(str(place.fresh("log.jsonl"))),
             Privacy(folders=(PRIVATE,)),
         )
         assistant = Assistant(place.session(), index, router=Switch(settings, everything(index.embedder.dim), index))
@@ -372,12 +382,12 @@ def measure_prefix(bench: Benchmark, place: Place, quick: bool) -> None:
     """A whole article in the context: read by the model, and taken from disk by another session."""
     for title, paragraphs in (("Oxygen", 12), ("Oxygen", 40)):
         texts = [row["text"] for row in rows("squad_docs") if row["title"] == title][:paragraphs]
-        folder = place.work / f"article{paragraphs}"
+        folder = place.fresh(f"article{paragraphs}")
         folder.mkdir()
         (folder / "article.md").write_text(f"# {title}\n\n" + "\n\n".join(texts), encoding="utf-8")
-        index = Index.open(place.work / f"article{paragraphs}.db", place.embedder, create=True)
+        index = Index.open(place.fresh(f"whole{paragraphs}.db"), place.embedder, create=True)
         update(index, folder)
-        prefixes = Prefixes(place.work / f"prefixes{paragraphs}")
+        prefixes = Prefixes(place.fresh(f"prefixes{paragraphs}"))
         read: dict[str, tuple[Reading, list[int], Reply]] = {}
         for way in ("model", "disk"):
             session = place.session(context=8192)
