@@ -217,6 +217,8 @@ def test_everything_by_keyboard_and_what_is_said_is_never_markup(server: Served)
         until(browser, lambda: finished(browser, 1))
         assert shown(browser, ".user p") == [attack]
         assert browser.find_elements(By.CSS_SELECTOR, "#log img, #log script") == []
+        escaped = "return inline(arguments[0], document.createElement('p'), () => null).innerHTML"
+        assert browser.execute_script(escaped, r"\*If\* *so* a\b <i>") == r"*If* <em>so</em> a\b &lt;i&gt;"
         box = browser.find_element(By.ID, "question")
         box.send_keys("one" + Keys.SHIFT + Keys.ENTER + Keys.NULL + "two")
         assert box.get_property("value") == "one\ntwo"

@@ -83,7 +83,7 @@ function sure(title, text) {
 // --- Markdown, the little of it that small models write
 
 function inline(text, parent, cite) {
-  const pattern = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(?<![*\w])\*([^*\s][^*\n]*)\*(?!\w)|\[(\d{1,2})\]/g;
+  const pattern = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(?<![*\w])\*([^*\s][^*\n]*)\*(?!\w)|\[(\d{1,2})\]|\\([\\`*_{}[\]()#+.!~|>-])/g;
   let at = 0;
   for (const found of text.matchAll(pattern)) {
     parent.append(text.slice(at, found.index));
@@ -91,7 +91,8 @@ function inline(text, parent, cite) {
     if (found[1] !== undefined) parent.append(make("code", {}, found[1]));
     else if (found[2] !== undefined) parent.append(make("strong", {}, found[2]));
     else if (found[3] !== undefined) parent.append(make("em", {}, found[3]));
-    else parent.append(cite(Number(found[4])) || found[0]);
+    else if (found[4] !== undefined) parent.append(cite(Number(found[4])) || found[0]);
+    else parent.append(found[5]); // escaped: no mark-up
   }
   parent.append(text.slice(at));
   return parent;
@@ -334,7 +335,10 @@ async function answer() {
     stream: true,
     edgekit: { events: true, ...(state.status.records ? { conversation: id } : {}) },
   };
-  if (chosen === "documents" && state.document) body.edgekit.document = state.document;
+  if (chosen === "documents" && state.document) {
+    body.edgekit.document = state.document;
+    body.repetition_penalty = 1.1;
+  }
   if (chosen === "plain") Object.assign(body, { temperature: 0.3, top_p: 0.9, repetition_penalty: 1.05 });
   if (chosen === "tools") {
     body.edgekit.tools = state.status.tools.map((tool) => tool.name);
