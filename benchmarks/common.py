@@ -91,11 +91,15 @@ class Benchmark:
         return "\n".join(lines)
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """--json and --quick."""
+def arguments(description: str, *, sections: tuple[str, ...] = ()) -> argparse.Namespace:
+    """--json and --quick; for a benchmark of `sections` also --only, a list of those that run: all by default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under ten minutes")
+    if sections:
+        parser.add_argument(
+            "--only", nargs="+", choices=sections, default=list(sections), help="run these sections alone"
+        )
     return parser.parse_args()
 
 

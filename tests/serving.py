@@ -14,8 +14,9 @@ from typing import Any
 from starlette.types import ASGIApp
 from test_reference import tiny_checkpoint
 
-from edgekit.assistant.answer import Citation, Event, Finished, Reply, Routed, Sources, Text
+from edgekit.assistant.answer import Citation, Event, Finished, Opened, Reply, Routed, Sources, Text
 from edgekit.assistant.queue import Line
+from edgekit.assistant.reading import Reading
 from edgekit.assistant.records import Records
 from edgekit.assistant.router import Decision
 from edgekit.assistant.search import Found, Passage
@@ -123,10 +124,13 @@ class ScriptedAssistant:
 
     def __init__(self, *, to: str = "here") -> None:
         self.to = to
+        self.endpoint = "http://models.example/v1" if to == "elsewhere" else None
         self.asked: list[tuple[str, int]] = []
+        self.documents: list[str | None] = []
 
     def answer(self, question: str, history: Sequence[Any] = (), **options: Any) -> Iterator[Event]:
         self.asked.append((question, len(history)))
+        self.documents.append(options["document"])
         passages = tuple(
             Passage(name, title, heading, start, start + len(text), text, 0.03, 0.7, 0.9)
             for name, title, heading, start, text in (
@@ -144,6 +148,8 @@ class ScriptedAssistant:
         yield Sources(Found(passages, 0.9, 0.4, 3.0))
         decision = Decision(to=self.to, stage="before", reason="the question is simple", endpoint="models.example")  # type: ignore[arg-type]
         yield Routed(decision)
+        if options["document"] is not None:
+            yield Opened(Reading(options["document"], 1234, "disk", 0.02))
         pieces = ["Staff may work ", "from home on ", "**two days a week** [1], ", "outside of the core hours [2]."]
         for piece in pieces:
             time.sleep(0.02)

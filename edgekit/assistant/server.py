@@ -178,6 +178,7 @@ class App:
                 "models": model.names,
                 "release": session.bundle.path.name,
                 "documents": model.assistant is not None,
+                "handover": model.assistant.endpoint if model.assistant is not None else None,
                 "context": session.engine.context,
                 "max_tokens": model.max_tokens,
                 "chat": session.template is not None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgekit.cli.knowledge import EMBEDDER, embedder_option, open_embedder, open_knowledge
+from edgekit.cli.knowledge import EMBEDDER, embedder_option, open_embedder, open_knowledge, open_prefixes
 from edgekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +121,14 @@ def serve(
         session = Session.open(folder, context=context, threads=threads)
         assistant = None
         if index is not None:
-            assistant = Assistant(session, index, router=switch, content_filter=content_filter, style=style)  # type: ignore[arg-type]
+            assistant = Assistant(
+                session,
+                index,
+                router=switch,
+                content_filter=content_filter,
+                style=style,  # type: ignore[arg-type]
+                prefixes=open_prefixes(),
+            )
         return Model(
             name=bundle.name if followed else bundle.resolve().name,  # a name that lasts
             session=session,

@@ -20,6 +20,7 @@ from edgekit.bundle import MODEL, Bundle
 from edgekit.errors import ContextOverflow, ModelError, UserError
 from edgekit.host import host_device
 from edgekit.runtime.budget import PREFILL_CHUNK, MemoryPlan, plan_memory
+from edgekit.runtime.control import Encoder
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.sampling import Constraint, Sampler, Sampling
 from edgekit.runtime.template import ChatTemplate, Message
@@ -57,6 +58,7 @@ class Session:
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
+        self._encoder = None if template is None else Encoder(tokenizer, template)
         self.current: Generation | None = None
         self.go_on: Callable[[], bool] = lambda: True
 
@@ -106,7 +108,7 @@ class Session:
         return plan_memory(self.bundle.spec, context=self.engine.context)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, or of messages through the chat template.
+        """Token ids of a text, or of messages through the chat template, where no message makes a control token.
 
         Raises UserError for an empty prompt, one that gives no tokens, or messages without a template.
         """
@@ -114,10 +116,10 @@ class Session:
             raise UserError("the prompt must not be empty: write some text, or at least one message")
         if isinstance(prompt, str):
             ids: list[int] = self.tokenizer.encode(prompt).ids
-        elif self.template is None:
+        elif self._encoder is None:
             raise UserError(f"chat needs a chat template: {self.bundle.path} has none; pass plain text (--raw)")
         else:
-            ids = self.tokenizer.encode(self.template.render(prompt), add_special_tokens=False).ids
+            ids = self._encoder(prompt)
         if not ids:
             raise UserError(f"the prompt must give tokens: the tokenizer makes none of {prompt!r:.80}")
         return ids
