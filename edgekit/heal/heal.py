@@ -63,7 +63,7 @@ class Options:
     patience: int = 0
     seed: int = 0
     optimizer: Optimizer = "adamw"
-    learning_rate: float = 6e-4
+    learning_rate: float = 8e-4
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     warmup: int = 20

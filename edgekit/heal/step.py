@@ -6,7 +6,7 @@
     data = ["books.jsonl.gz"]       # beside the recipe; left out: the calibration files
     steps = 400
 
-`edgekit compress --teacher MODEL` goes before what the recipe says.
+The command line's `--teacher MODEL` goes before what the recipe says.
 """
 
 from __future__ import annotations
