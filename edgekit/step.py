@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 Needs = Literal["weights", "activations", "originals", "model"]
 
 STEPS = {
+    "heal.distill": "edgekit.heal.step:Distill",
     "merge.drop": "edgekit.merge.drop:Drop",
     "merge.layers": "edgekit.merge.layers:Merge",
     "prune.heads": "edgekit.prune.steps:Heads",
@@ -250,7 +251,10 @@ def step_class(name: str, *, where: str) -> type[Step]:
     if name not in STEPS:
         raise UserError(f"{where}: use must name a step: got {name!r}{nearest(name, STEPS)}")
     module, _, attribute = STEPS[name].partition(":")
-    return cast(type[Step], getattr(importlib.import_module(module), attribute))
+    try:
+        return cast(type[Step], getattr(importlib.import_module(module), attribute))
+    except ModuleNotFoundError as problem:
+        raise UserError(f"{where}: {name} needs {problem.name}: pip install 'edgekit[compress]'") from problem
 
 
 def options(step: Step) -> dict[str, object]:

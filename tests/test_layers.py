@@ -56,11 +56,14 @@ LAYERS = {
     "model": Layer("model", "core weight config checkpoint", "numpy gguf tokenizers huggingface_hub"),
     "step": Layer("step recipe", "core weight config checkpoint", "numpy"),
     "quant": Layer("quant", "core weight config checkpoint model step sensitivity", "numpy"),
-    "compress": Layer("compress journal", "core weight config checkpoint step calibrate", "psutil safetensors torch"),
+    "compress": Layer(
+        "compress journal", "core weight config checkpoint step calibrate passes", "psutil safetensors torch"
+    ),
     # compress: what needs activations; the layers above import it late
     "calibration": Layer(
         "model.torch_view model.calibration", "core weight config checkpoint model step", "numpy torch tokenizers"
     ),
+    "passes": Layer("passes", "core weight config checkpoint model step heal", ""),
     "calibrate": Layer("calibrate", "core weight config checkpoint model step calibration", "numpy psutil safetensors"),
     "sensitivity": Layer(
         "quant.sensitivity",

@@ -33,6 +33,7 @@ def megabytes(text: str) -> float:
     multiple=True,
     help="Text for methods that need some: .txt, .jsonl, also .gz; may be given again. For .onnx files an .npz.",
 )
+@click.option("--teacher", help="The model that a step heal.distill learns from.  [default: the recipe's, or MODEL]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe, predicted size, memory and time; touch nothing.")
@@ -44,6 +45,7 @@ def compress(
     recipe: str | None,
     target_size: str | None,
     calibration: tuple[Path, ...],
+    teacher: str | None,
     resume: bool,
     force: bool,
     dry_run: bool,
@@ -63,8 +65,8 @@ def compress(
     from edgekit.recipe import calibrated_on, load_recipe, within
 
     if model.lower().endswith(".onnx"):
-        if target_size or len(calibration) > 1:
-            raise UserError("an .onnx file takes one --calibration file and no --target-size")
+        if target_size or teacher or len(calibration) > 1:
+            raise UserError("an .onnx file takes one --calibration file, no --target-size and no --teacher")
         compress_file(
             model,
             target,
@@ -90,6 +92,7 @@ def compress(
             click.echo(forecast.to_text())
         return
     assert target is not None
+    original = None if teacher is None else open_model(teacher, offline=offline)
     with progress("compressing", quiet=as_json) as advance:
         manifest = run(
             checkpoint,
@@ -97,6 +100,7 @@ def compress(
             target,
             resume=resume,
             force=force,
+            teacher=original,
             on_progress=lambda state: advance(state.done, state.total),
         )
     if as_json:
