@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -91,9 +92,13 @@ class Benchmark:
         return "\n".join(lines)
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """--json and --quick."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(description: str, *, sections: Sequence[str] = (), work: bool = False) -> argparse.Namespace:
+    """--json and --quick; --only where a benchmark has sections, --work where it can keep what it makes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sections:
+        parser.add_argument("--only", nargs="+", choices=sections, metavar="SECTION", help=", ".join(sections))
+    if work:
+        parser.add_argument("--work", metavar="FOLDER", help="keep models there, and use those that are there")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under ten minutes")
     return parser.parse_args()

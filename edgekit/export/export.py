@@ -98,7 +98,9 @@ def export(
             context_length=longest,
             layers=layers,
             eos_ids=_eos_ids(checkpoint),
-            resident_bytes=(folder / WEIGHTS).stat().st_size if native else _packed_bytes(checkpoint),
+            resident_bytes=(folder / WEIGHTS).stat().st_size + 4 * longest * config.head_dim  # the rotary tables
+            if native
+            else _packed_bytes(checkpoint),
             activation_bytes=_activation_bytes(checkpoint),
             operators="edgekit" if native else "stock",
             budget=sparse.budget if sparse else None,

@@ -295,8 +295,9 @@ class _Sums:
 
     def add(self, rows: Tensor) -> None:
         self.gram += (rows.T @ rows).double()
-        self.total += rows.abs().sum(0, dtype=torch.float64)
-        self.most = torch.maximum(self.most, rows.abs().amax(0).double())
+        sizes = rows.abs()
+        self.total += sizes.sum(0).double()
+        self.most = torch.maximum(self.most, sizes.amax(0).double())
         self.tokens += len(rows)
 
     def statistics(self, module: str) -> InputStatistics:

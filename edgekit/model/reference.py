@@ -21,9 +21,11 @@ from edgekit.model.rope import tables
 from edgekit.weight import Floats
 
 
-def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Floats]:
+def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, rounded: bool = False) -> list[Floats]:
     """Logits of each token sequence: a list of (T, vocabulary) float32.
 
+    `rounded`: with what our operators round (`edgekit.kernels.opset`): what matrices of a layer read to 15 bits, keys
+    and values to float16. It says how sensitive a model is to just that.
     Raises UserError for an empty sequence or an id outside the vocabulary, ModelError for missing weights.
     """
     config = checkpoint.decoder
@@ -37,7 +39,7 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[
     if not config.tied:
         del table
     for index in range(config.layers):
-        state = _Layer(checkpoint, index)(state, spans)
+        state = _Layer(checkpoint, index, rounded)(state, spans)
     norm = checkpoint.vector("model.norm.weight")
     head = table if config.tied else checkpoint.weight("lm_head").dense()
     logits = rms_norm(state, norm, config.norm_eps) @ head.T
@@ -47,8 +49,9 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[
 class _Layer:
     """One decoder layer with its weights made dense."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, index: int, rounded: bool = False) -> None:
         self.config: DecoderConfig = checkpoint.decoder
+        self.rounded = rounded
         prefix = f"model.layers.{index}."
         modules = [f"self_attn.{part}_proj" for part in "qkvo"] + [
             f"mlp.{part}_proj" for part in ("gate", "up", "down")
@@ -70,6 +73,8 @@ class _Layer:
         return state + self.mlp(rms_norm(state, self.norm["post_attention_layernorm"], eps))
 
     def linear(self, name: str, x: Floats) -> Floats:
+        if self.rounded:
+            x = in_15_bits(x)
         y: Floats = x @ self.weight[name].T
         return y + self.bias[name] if name in self.bias else y
 
@@ -92,6 +97,8 @@ class _Layer:
             q = rms_norm(q, self.norm["self_attn.q_norm"], self.config.norm_eps)
             k = rms_norm(k, self.norm["self_attn.k_norm"], self.config.norm_eps)
         q, k = self.rotate(q), self.rotate(k)
+        if self.rounded:
+            k, v = (part.astype(np.float16).astype(np.float32) for part in (k, v))
         group = len(q) // len(k)
         k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
         scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(width))
@@ -115,3 +122,13 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x / rms(x) * weight over the last axis. Source: Zhang and Sennrich, arXiv 1910.07467."""
     normed: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps)) * weight
     return normed
+
+
+def in_15_bits(x: Floats, block: int = 32) -> Floats:
+    """x (T, K) after rounding each block of columns to 16,383 whole steps on either side of zero."""
+    padded = np.pad(x, [(0, 0), (0, -x.shape[1] % block)])
+    blocks = padded.reshape(len(x), -1, block)
+    step = np.abs(blocks).max(-1, keepdims=True) / np.float32(16383)
+    codes = np.rint(blocks / np.where(step == 0, np.float32(1), step))
+    result: Floats = (step * codes).reshape(padded.shape)[:, : x.shape[1]]
+    return result
