@@ -160,22 +160,23 @@ def planned(run: Run, target_mb: float) -> Recipe:
     steps = calibrated(within(load_recipe("mixed"), target_mb))
     (step,) = steps.steps
     options = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}  # type: ignore[arg-type]
-    return dataclasses.replace(steps, steps=(Surveyed(**options, file=run.folder / "survey.json"),))
+    return dataclasses.replace(steps, steps=(Surveyed(**options, file=str(run.folder / "survey.json")),))
 
 
 @dataclasses.dataclass(frozen=True)
 class Surveyed(Mixed):
     """`quant.mixed` that keeps its survey in a file."""
 
-    file: Path = Path()
+    file: str = ""
 
     def survey(self, survey: Any) -> Mixed:
-        if self.file.exists():
-            held = json.loads(self.file.read_text())
+        file = Path(self.file)
+        if file.exists():
+            held = json.loads(file.read_text())
             table = Table({name: [tuple(row) for row in rows] for name, rows in held[0].items()}, held[1])
         else:
             table = self.table(survey)
-            self.file.write_text(json.dumps([table.choices, table.vector_bytes]))
+            file.write_text(json.dumps([table.choices, table.vector_bytes]))
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(Mixed)}
         return Mixed(**options).planned(table)
 
@@ -236,16 +237,16 @@ def solver(run: Run) -> None:
 
 
 def by_definition(W: Any, H: Any, lattice: Any) -> Any:
-    """GPTQ column by column in float64: what is left of H is inverted anew for each (arXiv 2210.17323, equation 2)."""
-    rest = W.astype(np.float64)
+    """GPTQ column by column in float64, by the inverse of what is left of H (arXiv 2210.17323, equations 2 and 3)."""
+    rest, inverse = W.astype(np.float64), np.linalg.inv(H)
     result = np.empty_like(rest)
     for j in range(W.shape[1]):
-        inverse = np.linalg.inv(H[j:, j:])
         at = j // lattice.grid.block
         s, z = (part[:, at].astype(np.float64) for part in (lattice.scale, lattice.zero))
         q = np.clip(np.rint(rest[:, j] / np.where(s == 0, np.inf, s) + z), 0, lattice.grid.top)
         result[:, j] = s * (q - z)
-        rest[:, j:] -= np.outer((rest[:, j] - result[:, j]) / inverse[0, 0], inverse[0])
+        rest -= np.outer((rest[:, j] - result[:, j]) / inverse[j, j], inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return result.astype(np.float32)
 
 

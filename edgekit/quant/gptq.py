@@ -180,10 +180,11 @@ def refit(W: Floats, metric: Metric, codes: Bytes, lattice: Lattice) -> Lattice:
     part = flat.reshape(rows, part.shape[2], blocks, size)  # (rows, unknowns, blocks, block)
     count = part.shape[1]
     system = np.empty((rows, blocks, count, blocks, count))
-    for at in range(blocks):
-        reach = part[:, :, at].reshape(-1, size) @ H[at * size : (at + 1) * size]
-        reach = reach.reshape(rows, count, blocks, size)
-        system[:, at] = np.einsum("rcbk,rdbk->rcbd", reach, part, optimize=True)
+    for at in range(blocks):  # it is symmetric
+        reach = part[:, :, at].reshape(-1, size) @ H[at * size : (at + 1) * size, at * size :]
+        reach = reach.reshape(rows, count, blocks - at, size)
+        system[:, at, :, at:] = found = np.einsum("rcbk,rdbk->rcbd", reach, part[:, :, at:], optimize=True)
+        system[:, at:, :, at] = found.transpose(0, 2, 3, 1)
     target = (np.pad(W, pad) @ H).reshape(rows, blocks, size)
     right = np.einsum("rbk,rcbk->rbc", target, part, optimize=True).reshape(rows, -1)
     system = system.reshape(rows, blocks * count, -1)  # type: ignore[assignment]
@@ -240,6 +241,11 @@ def restored(codes: Bytes, lattice: Lattice) -> Floats:
 def output_error(W: Floats, rounded: Floats, H: Doubles) -> float:
     """e(rounded) = tr((W - W') H (W - W')^T)."""
     return float(_row_errors(W, rounded, H).sum())
+
+
+def output_power(W: Floats, H: Doubles) -> float:
+    """tr(W H W^T), what an error is held against; in float32, as nothing cancels."""
+    return float(np.einsum("ij,ij->", W @ H.astype(np.float32), W))
 
 
 def _row_errors(W: Floats, rounded: Floats, H: Doubles) -> Doubles:

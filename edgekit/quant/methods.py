@@ -38,7 +38,7 @@ from edgekit.errors import UserError
 from edgekit.manifest import Skip
 from edgekit.model.stages import in_order, stage_of
 from edgekit.quant import rounding
-from edgekit.quant.gptq import Metric, Order, damped, descend, gptq, in_blocks_of, output_error, refit
+from edgekit.quant.gptq import Metric, Order, damped, descend, gptq, in_blocks_of, output_error, output_power, refit
 from edgekit.quant.grid import Grid, fit, in_blocks, round_to_grid, squared_error
 from edgekit.quant.hqq import hqq
 from edgekit.quant.scaling import awq_scales, scaled
@@ -261,7 +261,7 @@ def compensated(
         part = lattice.store(in_blocks_of(codes, lattice), W.shape[1])
         parts.append(part)
         error += output_error(rows, part.dense(), found.gram)
-        power += output_error(rows, np.zeros_like(rows), found.gram)
+        power += output_power(rows, found.gram)
     whole = concatenate(parts)
     assert isinstance(whole, Quantized)
     return whole, (error, power)
