@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
-from edgekit.model.reference import forward
+from edgekit.model.reference import Rounds, forward
 from edgekit.report import Measurement
 from edgekit.runtime.engine import Engine
 from edgekit.weight import Floats
@@ -37,8 +37,14 @@ PROMPTS = (
     "Dear Sir or Madam,\n\nI am writing to ask whether the room that you advertised last week is still",
 )
 TIE = 0.05
+OURS = Rounds(steps=16383, half_cache=True)
+EIGHT_BITS = 127
 SLACK = 3.0
 FLIPS = 0.02  # share of positions by which top-1 agreement may then be lower, too
+
+
+class DriftError(ModelError):
+    """The graph runs, and is too far from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def check_parity(
 ) -> tuple[Measurement, ...]:
     """Compare the graph with the NumPy forward over token sequences.
 
-    Raises ModelError with the number that broke its bound.
+    Raises DriftError with the number that broke its bound; ModelError: logits are not finite.
     """
     kls, agreed, drifts = [], [], []
     exact = forward(checkpoint, sequences)
@@ -81,10 +87,10 @@ def check_parity(
         raise ModelError(f"logits must be finite: mean KL is {kl} over {positions} positions; the weights are damaged")
     sensitivity: tuple[Measurement, ...] = ()
     if bounds.rounds and (kl > bounds.kl or share < bounds.agreement):
-        bounds, own = widened(bounds, exact, forward(checkpoint, sequences, rounded=True))
+        bounds, own = widened(bounds, exact, forward(checkpoint, sequences, rounds=OURS))
         sensitivity = (Measurement("parity: mean KL that the same roundings make in NumPy", own, "nat", n=positions),)
     if kl > bounds.kl or share < bounds.agreement:
-        raise ModelError(
+        raise DriftError(
             f"the exported graph must agree with the checkpoint: mean KL {kl:.2g} (bound {bounds.kl:g}), top-1"
             f" agreement {share:.1%} (bound {bounds.agreement:.0%}) over {positions} positions; nothing was written;"
             " export with --target portable, or pass --accept-drift"
@@ -103,6 +109,21 @@ def widened(bounds: Bounds, exact: Sequence[Floats], rounded: Sequence[Floats]) 
     own = float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
     share = float(np.concatenate([agreement(*pair) for pair in pairs]).mean())
     return Bounds(max(bounds.kl, SLACK * own), min(bounds.agreement, share - FLIPS)), own
+
+
+def most_sensitive(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[int]:
+    """The layers, and last of all numbers the head, by what rounding only their inputs to 8 bits does: most first.
+
+    Token flips count first, then the KL. It takes one NumPy forward for each.
+    """
+    exact = forward(checkpoint, sequences)
+    harm = {}
+    for layer in range(checkpoint.decoder.layers + 1):
+        got = forward(checkpoint, sequences, rounds=Rounds(EIGHT_BITS, frozenset({layer})))
+        pairs = list(zip(exact, got, strict=True))
+        flips = sum(int((~agreement(*pair)).sum()) for pair in pairs)
+        harm[layer] = flips, float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
+    return sorted(harm, key=lambda layer: harm[layer], reverse=True)
 
 
 def all_logits(engine: Engine, ids: Sequence[int]) -> Floats:

@@ -36,11 +36,21 @@ class Parts:
     float32.
     """
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, *, integer_bits: Collection[int]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        graph: Graph,
+        *,
+        integer_bits: Collection[int],
+        exact_layers: Collection[int] = (),
+    ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.decoder
         self.graph = graph
         self.integer_bits = integer_bits
+        last = self.config.layers
+        self.exact = tuple(f"model.layers.{index}." for index in exact_layers if index != last)
+        self.exact += ("model.embed_tokens", "lm_head") if last in exact_layers else ()
         self.sums: set[str] = set()
 
     def rotary_tables(self, positions: int) -> None:
@@ -259,7 +269,7 @@ class Parts:
             N=weight.shape[0],
             bits=matrix.bits,
             block_size=matrix.block,
-            accuracy_level=4 if matrix.bits in self.integer_bits else 0,
+            accuracy_level=4 if matrix.bits in self.integer_bits and not module.startswith(self.exact) else 0,
         )
         if matrix.offsets is None:
             return product

@@ -11,6 +11,7 @@ Source: Touvron et al., arXiv 2302.13971, in transformers' spelling (Llama, Mist
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,11 +22,26 @@ from edgekit.model.rope import tables
 from edgekit.weight import Floats
 
 
-def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, rounded: bool = False) -> list[Floats]:
-    """Logits of each token sequence: a list of (T, vocabulary) float32.
+@dataclass(frozen=True)
+class Rounds:
+    """What a runtime rounds beside the weights: what matrices read, in blocks of 32 to `steps` whole steps on either
+    side of zero, in `layers` alone where given (the layer after the last is the head); keys and values to float16 with
+    `half_cache`.
+    """
 
-    `rounded`: with what our operators round (`edgekit.kernels.opset`): what matrices of a layer read to 15 bits, keys
-    and values to float16. It says how sensitive a model is to just that.
+    steps: int
+    layers: frozenset[int] | None = None
+    half_cache: bool = False
+
+    def meets(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+
+def forward(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, rounds: Rounds | None = None
+) -> list[Floats]:
+    """Logits of each token sequence: a list of (T, vocabulary) float32; with `rounds`, as that takes them elsewhere.
+
     Raises UserError for an empty sequence or an id outside the vocabulary, ModelError for missing weights.
     """
     config = checkpoint.decoder
@@ -39,19 +55,22 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, round
     if not config.tied:
         del table
     for index in range(config.layers):
-        state = _Layer(checkpoint, index, rounded)(state, spans)
+        state = _Layer(checkpoint, index, rounds)(state, spans)
     norm = checkpoint.vector("model.norm.weight")
     head = table if config.tied else checkpoint.weight("lm_head").dense()
-    logits = rms_norm(state, norm, config.norm_eps) @ head.T
+    state = rms_norm(state, norm, config.norm_eps)
+    if rounds is not None and rounds.meets(config.layers):
+        state = rounded(state, rounds.steps)
+    logits = state @ head.T
     return [logits[span] for span in spans]
 
 
 class _Layer:
     """One decoder layer with its weights made dense."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, rounded: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, index: int, rounds: Rounds | None = None) -> None:
         self.config: DecoderConfig = checkpoint.decoder
-        self.rounded = rounded
+        self.rounds = rounds if rounds is not None and rounds.meets(index) else None
         prefix = f"model.layers.{index}."
         modules = [f"self_attn.{part}_proj" for part in "qkvo"] + [
             f"mlp.{part}_proj" for part in ("gate", "up", "down")
@@ -73,8 +92,8 @@ class _Layer:
         return state + self.mlp(rms_norm(state, self.norm["post_attention_layernorm"], eps))
 
     def linear(self, name: str, x: Floats) -> Floats:
-        if self.rounded:
-            x = in_15_bits(x)
+        if self.rounds is not None:
+            x = rounded(x, self.rounds.steps)
         y: Floats = x @ self.weight[name].T
         return y + self.bias[name] if name in self.bias else y
 
@@ -97,7 +116,7 @@ class _Layer:
             q = rms_norm(q, self.norm["self_attn.q_norm"], self.config.norm_eps)
             k = rms_norm(k, self.norm["self_attn.k_norm"], self.config.norm_eps)
         q, k = self.rotate(q), self.rotate(k)
-        if self.rounded:
+        if self.rounds is not None and self.rounds.half_cache:
             k, v = (part.astype(np.float16).astype(np.float32) for part in (k, v))
         group = len(q) // len(k)
         k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
@@ -124,11 +143,11 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return normed
 
 
-def in_15_bits(x: Floats, block: int = 32) -> Floats:
-    """x (T, K) after rounding each block of columns to 16,383 whole steps on either side of zero."""
+def rounded(x: Floats, steps: int, block: int = 32) -> Floats:
+    """x (T, K) after rounding each block of columns to `steps` whole steps on either side of zero."""
     padded = np.pad(x, [(0, 0), (0, -x.shape[1] % block)])
     blocks = padded.reshape(len(x), -1, block)
-    step = np.abs(blocks).max(-1, keepdims=True) / np.float32(16383)
+    step = np.abs(blocks).max(-1, keepdims=True) / np.float32(steps)
     codes = np.rint(blocks / np.where(step == 0, np.float32(1), step))
     result: Floats = (step * codes).reshape(padded.shape)[:, : x.shape[1]]
     return result
