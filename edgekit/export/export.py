@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from edgekit.errors import ModelError, UserError
 from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
-from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
+from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, DriftError, check_parity, most_sensitive
 from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyStatistics, SparseOptions, calibrate, written_text
 from edgekit.export.stock import stock_bits
@@ -98,7 +99,9 @@ def export(
             context_length=longest,
             layers=layers,
             eos_ids=_eos_ids(checkpoint),
-            resident_bytes=(folder / WEIGHTS).stat().st_size if native else _packed_bytes(checkpoint),
+            resident_bytes=(folder / WEIGHTS).stat().st_size + 4 * longest * config.head_dim  # the rotary tables
+            if native
+            else _packed_bytes(checkpoint),
             activation_bytes=_activation_bytes(checkpoint),
             operators="edgekit" if native else "stock",
             budget=sparse.budget if sparse else None,
@@ -107,13 +110,24 @@ def export(
         for name, content in checkpoint.assets.items():
             (folder / name).write_bytes(content)
         on_progress("checking it against the NumPy forward")
-        measured = _check(
+        check = functools.partial(
+            _check,
             original,
             folder,
             spec,
             products=_products(checkpoint, target, native=native),
             accept_drift=accept_drift,
         )
+        try:
+            measured = check()
+        except DriftError:
+            if native or not target.integer_bits:
+                raise
+            on_progress("finding layers that need float32 activations")
+            build = functools.partial(
+                build_decoder, checkpoint, folder, context=longest, integer_bits=target.integer_bits
+            )
+            measured = _fall_back(original, build, check)
         if rope_scaling is not None:
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
@@ -158,15 +172,49 @@ def _check(
     if highest >= spec.vocabulary:
         raise ModelError(f"token ids must be below the embedding's {spec.vocabulary} rows: the tokenizer has {highest}")
     context = min(spec.context_length, 2 * CHECKED)
-    sequences = [ids[: min(CHECKED, context)] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
-    if not sequences:
-        raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
+    sequences = _sequences(tokenizer, min(CHECKED, context))
     engine = Engine(folder / MODEL, spec, context=context, threads=1)
     bounds = BOUNDS[products]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
     parity = check_parity(checkpoint, engine, sequences, bounds=bounds)
     return (*parity, _sentence(engine, tokenizer, sequences[0]))
+
+
+def _fall_back(
+    checkpoint: Checkpoint,
+    build: Callable[..., object],
+    check: Callable[[], tuple[Measurement, ...]],
+) -> tuple[Measurement, ...]:
+    """The graph built anew with as few layers in float32 as it takes to pass, the most sensitive ones first.
+
+    Their number doubles from one. What `check` measured, and which layers. Raises DriftError: not even all suffice.
+    """
+    order = most_sensitive(
+        checkpoint, _sequences(_tokenizer(checkpoint), min(CHECKED, checkpoint.decoder.context_length))
+    )
+    count = 1
+    while True:
+        chosen = order[:count]
+        build(exact_layers=chosen)
+        try:
+            measured = check()
+            break
+        except DriftError:
+            if count == len(order):
+                raise
+            count = min(2 * count, len(order))
+    names = ["the head" if layer == checkpoint.decoder.layers else f"layer {layer}" for layer in sorted(chosen)]
+    note = f"8-bit activations there flip tokens: {', '.join(names)}"
+    return (*measured, Measurement("layers with float32 activations", len(chosen), "", n=len(order), note=note))
+
+
+def _sequences(tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    """The prompts that are compared, of at most `most` tokens. Raises ModelError: the tokenizer makes none."""
+    found = [ids[:most] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
+    if not found:
+        raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
+    return found
 
 
 def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:

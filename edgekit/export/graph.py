@@ -1,6 +1,7 @@
 """A small builder for ONNX graphs whose weights stream to a file beside the model.
 
-Each constant is written once, at a page boundary, so that a runtime can map it; two names may share one place.
+Each constant is written once, at a cache line's boundary; two names may share one place. onnxruntime maps the pages
+around a constant, wherever it begins.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgekit.bundle import MODEL, WEIGHTS
 
 OPSET = 21
 IR_VERSION = 10
-PAGE = 4096
+ALIGNMENT = 64  # of constants in the file: a cache line, and the widest register
 INLINE_BYTES = 1024  # smaller constants stay in the model file, where shape inference can see them
 
 
@@ -49,7 +50,7 @@ class Graph:
         if values.nbytes <= INLINE_BYTES:
             self._constants[name] = onnx.numpy_helper.from_array(values, name)
             return name
-        self._data.write(b"\0" * (-self._data.tell() % PAGE))
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
         self._data.write(values.data)
         self._constants[name] = _external(name, kind, values.shape, offset, values.nbytes)
