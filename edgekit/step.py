@@ -50,6 +50,7 @@ STEPS = {
     "prune.heads": "edgekit.prune.steps:Heads",
     "prune.neurons": "edgekit.prune.steps:Neurons",
     "prune.planned": "edgekit.prune.steps:Planned",
+    "prune.weights": "edgekit.prune.weights:Weights",
     "quant.awq": "edgekit.quant.scaling:Awq",
     "quant.int2": "edgekit.quant.methods:Int2",
     "quant.int3": "edgekit.quant.methods:Int3",
