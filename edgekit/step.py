@@ -62,6 +62,7 @@ STEPS = {
     "quant.smooth": "edgekit.quant.scaling:Smooth",
     "tn.lowrank": "edgekit.tn.steps:LowRank",
     "tn.mpo": "edgekit.tn.mpo_step:Mpo",
+    "tn.tucker": "edgekit.tn.tucker_step:HeadsTucker",
 }
 
 
