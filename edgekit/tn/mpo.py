@@ -197,7 +197,8 @@ class _Core:
         """What a matrix (out, in) is to the core: (o, i c d)."""
         P, R, Q, S = self.sides
         apart = M.reshape(P, self.o, R, Q, self.i, S).transpose(1, 4, 0, 2, 3, 5).reshape(self.o * self.i, -1)
-        return (apart @ self.flat.T).reshape(self.o, -1)
+        found: Doubles = (apart @ self.flat.T).reshape(self.o, -1)
+        return found
 
     def _applied(self, X: Doubles) -> Doubles:
         """X: (o, i c d) times the normal matrix, without making it."""
