@@ -76,6 +76,11 @@ LAYERS = {
         "core weight config checkpoint model step calibration calibrate sensitivity quant",
         "numpy tensorly psutil matplotlib",
     ),
+    "search": Layer(
+        "compose search",
+        "core weight config checkpoint model step calibration calibrate sensitivity quant structure tn compress",
+        "numpy psutil optuna torch",
+    ),
     "card": Layer("card", "core", "huggingface_hub"),
     "export": Layer(
         "export",
@@ -96,7 +101,7 @@ LAYERS = {
     "cli": Layer(
         "cli",
         "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal"
-        " tn card deploy account reproduce assistant",
+        " tn search card deploy account reproduce assistant",
         "click rich starlette uvicorn",
     ),
 }
