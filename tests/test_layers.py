@@ -69,7 +69,7 @@ LAYERS = {
     "structure": Layer(
         "prune merge",
         "core weight config checkpoint model step calibration calibrate sensitivity quant",
-        "numpy scipy",
+        "numpy scipy psutil matplotlib",
     ),
     "tn": Layer(
         "tn",
@@ -101,7 +101,7 @@ LAYERS = {
     "cli": Layer(
         "cli",
         "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal"
-        " tn search card deploy account reproduce assistant",
+        " tn structure search card deploy account reproduce assistant",
         "click rich starlette uvicorn",
     ),
 }
