@@ -57,6 +57,7 @@ class Sensitivity:
     formats: dict[str, list[tuple[str, float]]]  # line of `quant.mixed`, cost
     shapes: dict[str, Shape]
     vectors: tuple[int, ...]  # bytes of each layer's norms and biases, and at the end those of no layer
+    model: str  # digest of the source
     text: str  # digest of the calibration windows
 
     def save(self, path: Path) -> None:
@@ -125,6 +126,7 @@ def measure(
         formats,
         shapes,
         (*(vectors[layer] for layer in layers), others),
+        checkpoint.source.digest,
         windows.record.sha256,
     )
 

@@ -33,7 +33,6 @@ from edgekit.step import CalibrationOptions
 if TYPE_CHECKING:
     import optuna
 
-NAME = "edgekit"
 STEP = 0.02  # of shares
 MOST_PRUNED, LEAST_RANK = 0.4, 0.7
 LEAST_SIZE = 0.75  # of the target, for the front
@@ -54,6 +53,11 @@ class Goal:
         if self.latency_ms < 0 or (self.latency_ms and not self.device):
             raise UserError(f"--target-latency-ms must be above 0 and needs --device: got {self.latency_ms}")
         self.profile  # noqa: B018  it checks the name
+
+    def study(self, found: Sensitivity) -> str:
+        """The name of the study for this goal, model and text: a storage may hold many."""
+        limit = f" {self.device} {self.latency_ms:g} ms" if self.device else ""
+        return f"edgekit {self.size_mb:g} MB{limit} {found.model[:12]} {found.text[:12]}"
 
     @property
     def profile(self) -> Device | None:
@@ -77,7 +81,8 @@ def search(
     """
     if trials < 1 or jobs < 1:
         raise UserError(f"trials and jobs must be at least 1: got {trials} and {jobs}")
-    study = _study(storage, seed)
+    name = goal.study(found)
+    study = _study(storage, name, seed)
     if not study.trials:
         study.enqueue_trial({"layers": 0, "prune": 0.0, "rank": 1.0, "size_mb": goal.size_mb}, skip_if_exists=True)
     if jobs == 1:
@@ -93,7 +98,7 @@ def search(
             worker.join()
         if any(worker.exitcode for worker in workers):
             raise UserError(f"a process of the search ended early: {[worker.exitcode for worker in workers]}")
-    return front(_study(storage, seed), found, goal)
+    return front(_study(storage, name), found, goal)
 
 
 def front(study: optuna.Study, found: Sensitivity, goal: Goal) -> list[Candidate]:
@@ -124,7 +129,7 @@ def _work(
 ) -> None:
     """Add trials to the study until there are so many."""
     optuna = _optuna()
-    study, device = _study(storage, seed), goal.profile
+    study, device = _study(storage, goal.study(found), seed), goal.profile
 
     def objective(trial: Any) -> tuple[float, float]:
         wanted = Composition(
@@ -155,7 +160,7 @@ def _work(
         study.optimize(objective, callbacks=[stop])
 
 
-def _study(storage: str, seed: int) -> optuna.Study:
+def _study(storage: str, name: str, seed: int = 0) -> optuna.Study:
     optuna = _optuna()
     place: Any = storage
     if "://" not in storage:
@@ -163,7 +168,7 @@ def _study(storage: str, seed: int) -> optuna.Study:
         place = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
     return optuna.create_study(
-        study_name=NAME, storage=place, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
+        study_name=name, storage=place, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
     )
 
 
@@ -220,12 +225,13 @@ def confirmed(
     from edgekit.compress import compress
 
     built = []
-    for index, candidate in enumerate(candidates):
-        output = folder / f"candidate-{index}"
+    for candidate in candidates:
+        recipe = candidate.recipe("search", text)
+        output = folder / f"candidate-{recipe.sha256[:16]}"
         if not output.exists():
             compress(
                 source,
-                candidate.recipe("search", text),
+                recipe,
                 output,
                 resume=True,
                 on_progress=lambda state: report(f"building {candidate.composition}", state.done, state.total),  # noqa: B023
@@ -266,13 +272,13 @@ def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOption
 # --- the plot ---------------------------------------------------------------------------------------------------------
 
 
-def write_plot(storage: str, best: Sequence[Candidate], goal: Goal, path: Path) -> None:
+def write_plot(storage: str, found: Sensitivity, best: Sequence[Candidate], goal: Goal, path: Path) -> None:
     """All trials as dots of size and predicted loss, the front as a line, in one self-contained HTML page."""
     if path.suffix != ".html":
         raise UserError(f"a plot is written to an .html file: got {path}")
     dots = [
         (trial.values[0], trial.values[1], str(Composition(**trial.params)))
-        for trial in _study(storage, 0).trials
+        for trial in _study(storage, goal.study(found)).trials
         if trial.values is not None
     ]
     xs, ys = [x for x, _, _ in dots], [y for _, y, _ in dots]

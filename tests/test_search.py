@@ -120,16 +120,18 @@ def test_a_study_goes_on_where_it_stopped(
     storage = f"sqlite:///{tmp_path}/study.db" if database else str(tmp_path / "study.journal")
     search(found, goal, storage, trials=3)
     place = storage if database else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    assert len(optuna.load_study(study_name="edgekit", storage=place).trials) == 3
+    assert len(optuna.load_study(study_name=goal.study(found), storage=place).trials) == 3
+    assert len(search(found, Goal(2 * goal.size_mb), storage, trials=2)) >= 1  # another goal is another study
     best = search(found, goal, storage, trials=12)
-    assert len(optuna.load_study(study_name="edgekit", storage=place).trials) == 12
+    assert all(one.size_bytes <= goal.size_mb * 1e6 for one in best)
+    assert len(optuna.load_study(study_name=goal.study(found), storage=place).trials) == 12
     assert search(found, goal, storage, trials=12) == best
     assert [one.loss for one in best] == sorted(one.loss for one in best)
     assert [one.size_bytes for one in best] == sorted((one.size_bytes for one in best), reverse=True)
     assert best[0].loss <= composed(found, Composition(size_mb=goal.size_mb)).loss
     finalists = contenders(best, found, goal, 3)
     assert finalists[0].composition == Composition(size_mb=goal.size_mb)
-    write_plot(storage, best, goal, tmp_path / "plot.html")
+    write_plot(storage, found, best, goal, tmp_path / "plot.html")
     assert (tmp_path / "plot.html").read_text().count("<circle") >= 3
 
 
@@ -155,7 +157,7 @@ def test_goals_that_cannot_be(found: Sensitivity, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trials and jobs"):
         search(found, Goal(1.0), str(tmp_path / "s"), trials=0)
     with pytest.raises(UserError, match=r"\.html"):
-        write_plot(str(tmp_path / "s"), [], Goal(1.0), tmp_path / "plot.gif")
+        write_plot(str(tmp_path / "s"), found, [], Goal(1.0), tmp_path / "plot.gif")
 
 
 def test_the_command(model: Checkpoint, text: CalibrationOptions, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def compress_by_search(
     with progress("searching", quiet=as_json) as advance:
         best = search(found, goal, storage, trials=work.trials, jobs=work.jobs, report=advance)
     if work.plot is not None:
-        write_plot(storage, best, goal, work.plot)
+        write_plot(storage, found, best, goal, work.plot)
     if work.dry_run or target is None:
         rows = [dataclasses.asdict(one) | {"steps": [step.name for step in one.steps]} for one in best]
         if as_json:
@@ -93,12 +93,18 @@ def compress_by_search(
 
 
 def _sensitivity(checkpoint: Checkpoint, text: CalibrationOptions, place: Path, *, as_json: bool) -> Sensitivity:
-    """Measured, or as an earlier call left it."""
+    """Measured, or as an earlier call left it for the same model and text."""
     from edgekit.compose import Sensitivity, measure
+    from edgekit.model.calibration import token_windows
 
     path = place / "sensitivity.json"
     if path.exists():
-        return Sensitivity.load(path)
+        found = Sensitivity.load(path)
+        if (found.model, found.text) == (
+            checkpoint.source.digest,
+            token_windows(checkpoint, text, seed=0).record.sha256,
+        ):
+            return found
     with progress("measuring", quiet=as_json) as advance:
         found = measure(checkpoint, text, report=advance)
     place.mkdir(parents=True, exist_ok=True)
