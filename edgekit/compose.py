@@ -131,6 +131,23 @@ def measure(
     )
 
 
+def measured_once(
+    checkpoint: Checkpoint, text: CalibrationOptions, path: Path, *, report: Callable[[int, int], None]
+) -> Sensitivity:
+    """`measure`, kept in the file `path` for the next call with the same model and text."""
+    from edgekit.model.calibration import token_windows
+
+    if path.exists():
+        found = Sensitivity.load(path)
+        now = token_windows(checkpoint, text, seed=0).record.sha256
+        if (found.model, found.text) == (checkpoint.source.digest, now):
+            return found
+    found = measure(checkpoint, text, report=report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path)
+    return found
+
+
 @dataclass(frozen=True)
 class Composition:
     """layers: how many go. prune: share of what stays that heads and neurons lose. rank: share of the numbers that

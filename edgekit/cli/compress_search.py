@@ -18,7 +18,6 @@ from edgekit.folder import refuse_existing
 from edgekit.step import CalibrationOptions
 
 if TYPE_CHECKING:
-    from edgekit.compose import Sensitivity
     from edgekit.search import Goal
 
 SAMPLES = 16
@@ -48,6 +47,7 @@ def compress_by_search(
 ) -> None:
     """Search and write the best to `target`; with `dry_run` print the front. What is half done lies in TARGET.search,
     where a later call goes on."""
+    from edgekit.compose import measured_once
     from edgekit.search import confirmed, contenders, search, write_plot
 
     if work.confirm < 1:
@@ -56,7 +56,8 @@ def compress_by_search(
         refuse_existing(target, force=work.force)
     place = Path(f"{os.path.abspath(target)}.search") if target else Path("edgekit.search").absolute()
     text = CalibrationOptions(tuple(map(str, calibration)), SAMPLES)
-    found = _sensitivity(checkpoint, text, place, as_json=as_json)
+    with progress("measuring", quiet=as_json) as advance:
+        found = measured_once(checkpoint, text, place / "sensitivity.json", report=advance)
     storage = work.storage or str(place / "study.journal")
     with progress("searching", quiet=as_json) as advance:
         best = search(found, goal, storage, trials=work.trials, jobs=work.jobs, report=advance)
@@ -90,23 +91,3 @@ def compress_by_search(
             f"{done.candidate.composition}: {done.kl:.4f} nats from the source, {size(done.candidate.size_bytes)}"
         )
     click.echo(f"{target}: the first of them")
-
-
-def _sensitivity(checkpoint: Checkpoint, text: CalibrationOptions, place: Path, *, as_json: bool) -> Sensitivity:
-    """Measured, or as an earlier call left it for the same model and text."""
-    from edgekit.compose import Sensitivity, measure
-    from edgekit.model.calibration import token_windows
-
-    path = place / "sensitivity.json"
-    if path.exists():
-        found = Sensitivity.load(path)
-        if (found.model, found.text) == (
-            checkpoint.source.digest,
-            token_windows(checkpoint, text, seed=0).record.sha256,
-        ):
-            return found
-    with progress("measuring", quiet=as_json) as advance:
-        found = measure(checkpoint, text, report=advance)
-    place.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    return found
