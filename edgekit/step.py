@@ -51,6 +51,7 @@ STEPS = {
     "prune.heads": "edgekit.prune.steps:Heads",
     "prune.neurons": "edgekit.prune.steps:Neurons",
     "prune.planned": "edgekit.prune.steps:Planned",
+    "prune.weights": "edgekit.prune.weights:Weights",
     "quant.awq": "edgekit.quant.scaling:Awq",
     "quant.int2": "edgekit.quant.methods:Int2",
     "quant.int3": "edgekit.quant.methods:Int3",
@@ -62,6 +63,7 @@ STEPS = {
     "quant.smooth": "edgekit.quant.scaling:Smooth",
     "tn.lowrank": "edgekit.tn.steps:LowRank",
     "tn.mpo": "edgekit.tn.mpo_step:Mpo",
+    "tn.tucker": "edgekit.tn.tucker_step:HeadsTucker",
 }
 
 

@@ -73,12 +73,17 @@ LAYERS = {
     "structure": Layer(
         "prune merge",
         "core weight config checkpoint model step calibration calibrate sensitivity quant",
-        "numpy scipy",
+        "numpy scipy psutil matplotlib",
     ),
     "tn": Layer(
         "tn",
         "core weight config checkpoint model step calibration calibrate sensitivity quant",
         "numpy tensorly psutil matplotlib",
+    ),
+    "search": Layer(
+        "compose search",
+        "core weight config checkpoint model step calibration calibrate sensitivity quant structure tn compress",
+        "numpy psutil optuna torch",
     ),
     "card": Layer("card", "core", "huggingface_hub"),
     "export": Layer(
@@ -100,7 +105,7 @@ LAYERS = {
     "cli": Layer(
         "cli",
         "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal"
-        " tn card deploy account reproduce assistant",
+        " tn structure search card deploy account reproduce assistant",
         "click rich starlette uvicorn",
     ),
 }

@@ -134,7 +134,7 @@ class Mixed:
         for block, found, squares in curvatures(survey, seed=0):
             vectors += sum(values.nbytes for values in block.vectors.values())
             for module, curvature in found.items():
-                choices[module] = self._options(block.matrices[module], module, curvature, squares[module])
+                choices[module] = self.options_for(block.matrices[module], module, curvature, squares[module])
         return Table(choices, vectors)
 
     def planned(self, table: Table) -> Mixed:
@@ -150,7 +150,7 @@ class Mixed:
         lines = [f"{m} {rows[at][0]}" for (m, rows), at in zip(table.choices.items(), chosen, strict=True)]
         return dataclasses.replace(self, plan=tuple(sorted(lines)))
 
-    def _options(
+    def options_for(
         self, weight: Weight, module: str, curvature: Curvature, squares: object
     ) -> list[tuple[str, int, float]]:
         """(format, bytes, cost) of each way to store one matrix; costs are estimated on a few of its rows."""
