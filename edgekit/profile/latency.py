@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 from edgekit.bundle import MODEL, WEIGHTS, Bundle
 from edgekit.host import read
 from edgekit.profile.options import SWEEP_TOKENS
-from edgekit.runtime.engine import Engine
 from edgekit.runtime.session import Session, Timing
+from edgekit.runtime.static import Decoder
 
 Span = tuple[float, float]  # of time.perf_counter, seconds
 
@@ -57,13 +57,13 @@ def repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: 
     return Repetition(prefill, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
 
 
-def generate(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+def generate(engine: Decoder, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
     """Generate greedily from an empty cache: the span of all, and the gap of each token."""
     engine.rewind(0)
     return _steps(engine, token, count)
 
 
-def _steps(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+def _steps(engine: Decoder, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
     ticks = [time.perf_counter()]
     for _ in range(count):
         token = int(engine.forward([token])[-1].argmax())
@@ -79,7 +79,7 @@ def first_token(session: Session, text: str) -> Timing:
     return answer.timing
 
 
-def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float]:
+def at_depth(engine: Decoder, depth: int, *, seed: int = 0) -> tuple[float, float]:
     """Seconds for reading `SWEEP_TOKENS` tokens, and for generating as many, with `depth` tokens in the cache."""
     random = np.random.default_rng(seed)
     engine.rewind(min(depth, len(engine.tokens)))
@@ -92,7 +92,7 @@ def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float
     return prefill, end - begin
 
 
-def fill(engine: Engine, depth: int, *, seed: int = 0) -> None:
+def fill(engine: Decoder, depth: int, *, seed: int = 0) -> None:
     """Append random tokens until `depth` are in the cache."""
     missing = depth - len(engine.tokens)
     if missing > 0:
