@@ -26,7 +26,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.model.reference import Rounds, forward
 from edgekit.report import Measurement
-from edgekit.runtime.engine import Engine
+from edgekit.runtime.static import Decoder
 from edgekit.weight import Floats
 
 PROMPTS = (
@@ -67,7 +67,7 @@ BOUNDS = {
 
 
 def check_parity(
-    checkpoint: Checkpoint, engine: Engine, sequences: Sequence[Sequence[int]], *, bounds: Bounds
+    checkpoint: Checkpoint, engine: Decoder, sequences: Sequence[Sequence[int]], *, bounds: Bounds
 ) -> tuple[Measurement, ...]:
     """Compare the graph with the NumPy forward over token sequences.
 
@@ -126,7 +126,7 @@ def most_sensitive(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -
     return sorted(harm, key=lambda layer: harm[layer], reverse=True)
 
 
-def all_logits(engine: Engine, ids: Sequence[int]) -> Floats:
+def all_logits(engine: Decoder, ids: Sequence[int]) -> Floats:
     """The graph's logits at every position, (T, vocabulary): half of the tokens read at once, the others one by one."""
     half = (len(ids) + 1) // 2
     engine.rewind(0)

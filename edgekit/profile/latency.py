@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 from edgekit.bundle import MODEL, WEIGHTS, Bundle
 from edgekit.host import read
 from edgekit.profile.options import SWEEP_TOKENS
-from edgekit.runtime.engine import Engine
 from edgekit.runtime.session import Session, Timing
+from edgekit.runtime.static import Decoder
 
 Span = tuple[float, float]  # of time.perf_counter, seconds
 
@@ -59,7 +59,7 @@ def repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: 
     return Repetition(prompt, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
 
 
-def wake(engine: Engine) -> None:
+def wake(engine: Decoder) -> None:
     """Generate for `WAKE_S` seconds, one token at least, so that what is timed next finds the threads running."""
     until = time.perf_counter() + WAKE_S
     engine.rewind(0)
@@ -69,7 +69,7 @@ def wake(engine: Engine) -> None:
         engine.forward([0])
 
 
-def prefill(engine: Engine, ids: Sequence[int]) -> Span:
+def prefill(engine: Decoder, ids: Sequence[int]) -> Span:
     """Read a prompt from an empty cache."""
     engine.rewind(0)
     begin = time.perf_counter()
@@ -77,13 +77,13 @@ def prefill(engine: Engine, ids: Sequence[int]) -> Span:
     return begin, time.perf_counter()
 
 
-def generate(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+def generate(engine: Decoder, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
     """Generate greedily from an empty cache: the span of all, and the gap of each token."""
     engine.rewind(0)
     return _steps(engine, token, count)
 
 
-def _steps(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+def _steps(engine: Decoder, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
     ticks = [time.perf_counter()]
     for _ in range(count):
         token = int(engine.forward([token])[-1].argmax())
@@ -99,7 +99,7 @@ def first_token(session: Session, text: str) -> Timing:
     return answer.timing
 
 
-def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float]:
+def at_depth(engine: Decoder, depth: int, *, seed: int = 0) -> tuple[float, float]:
     """Seconds for reading `SWEEP_TOKENS` tokens, and for generating as many, with `depth` tokens in the cache."""
     random = np.random.default_rng(seed)
     engine.rewind(min(depth, len(engine.tokens)))
@@ -112,7 +112,7 @@ def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float
     return prefill, end - begin
 
 
-def fill(engine: Engine, depth: int, *, seed: int = 0) -> None:
+def fill(engine: Decoder, depth: int, *, seed: int = 0) -> None:
     """Append random tokens until `depth` are in the cache."""
     missing = depth - len(engine.tokens)
     if missing > 0:

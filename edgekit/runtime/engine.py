@@ -31,8 +31,10 @@ class Engine:
 
     `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold; `run_seconds`
     adds up the time spent inside onnxruntime; `native` says whether our kernels run, and `kernels`
-    which path of them, or "stock".
+    which path of them, or "stock". `reason` is why it does not run on what the bundle is for: never here.
     """
+
+    reason = ""
 
     def __init__(
         self,
@@ -62,9 +64,8 @@ class Engine:
         if trace is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(trace)
         wanted = spec.operators == "edgekit"
-        self.native = wanted and library.register(
-            options, decode_threads=decode_threads or threads, prefill_threads=threads
-        )
+        decode = decode_threads or min(threads, spec.decode_threads or threads)
+        self.native = wanted and library.register(options, decode_threads=decode, prefill_threads=threads)
         self.kernels = library.path_name() or "stock" if self.native else "stock"
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

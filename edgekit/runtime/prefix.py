@@ -36,6 +36,7 @@ from edgekit.errors import ContextOverflow, ModelError
 from edgekit.folder import digest
 from edgekit.manifest import NAME
 from edgekit.runtime.budget import PREFILL_CHUNK
+from edgekit.runtime.engine import Engine
 from edgekit.runtime.session import Session
 
 Origin = Literal["memory", "disk", "model", "stopped"]
@@ -77,6 +78,8 @@ class Prefixes:
         return "model"
 
     def _load(self, session: Session, ids: Sequence[int], path: Path) -> bool:
+        if not isinstance(session.engine, Engine):  # graphs of fixed shapes keep their cache to themselves
+            return False
         try:
             tokens, kept = _unpacked(np.memmap(path, np.uint8, "r"))
             if tokens != list(ids):
@@ -93,6 +96,8 @@ class Prefixes:
 
     def _keep(self, session: Session, path: Path) -> None:
         engine = session.engine
+        if not isinstance(engine, Engine):
+            return
         kept = engine.kept(len(engine.tokens))
         size = sum(part.nbytes for part in kept.values())
         if size > self.limit_bytes:

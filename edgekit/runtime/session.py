@@ -16,13 +16,15 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from edgekit.bundle import MODEL, Bundle
+from edgekit.bundle import MODEL, PREFILL, Bundle
 from edgekit.errors import ContextOverflow, ModelError, UserError
 from edgekit.host import host_device
 from edgekit.runtime.budget import PREFILL_CHUNK, MemoryPlan, plan_memory
 from edgekit.runtime.control import Encoder
 from edgekit.runtime.engine import Engine
+from edgekit.runtime.providers import Processor, choose
 from edgekit.runtime.sampling import Constraint, Sampler, Sampling
+from edgekit.runtime.static import StaticEngine, compiled_name
 from edgekit.runtime.template import ChatTemplate, Message
 from edgekit.runtime.text import TextStream, whole
 from edgekit.runtime.threads import kept
@@ -53,7 +55,9 @@ class Session:
     `go_on` is asked before each run of the model, one token or a piece of the prompt: an answer ends where it says no.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine | StaticEngine, tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.tokenizer = tokenizer
@@ -70,10 +74,12 @@ class Session:
         context: int | None = None,
         threads: int | None = None,
         budget: int | None = None,
+        processor: Processor = "auto",
     ) -> Session:
         """Open a bundle. `context` defaults to the bundle's, `threads` to what a sweep found best here for prefill and
         for decode (`edgekit.runtime.threads`), else to the cores that this machine has for it.
-        `budget` is how many positions a token attends to exactly, where the bundle has sparse attention.
+        `budget` is how many positions a token attends to exactly, where the bundle has sparse attention. `processor`
+        says where a bundle for an NPU runs: see `edgekit.runtime.providers`.
 
         Raises UserError or ModelError for a bad bundle, BudgetError before loading when memory does not suffice.
         """
@@ -91,7 +97,15 @@ class Session:
         plan.refuse_if_too_large()
         tokenizer = _tokenizer(bundle)
         all_cores = threads or host_device().threads or 1
-        prefill, decode = (None if threads else kept(bundle)) or (all_cores, all_cores)
+        if bundle.spec.static is not None:
+            for name in (PREFILL, *(map(compiled_name, (MODEL, PREFILL)) if bundle.spec.static.compiled else ())):
+                bundle.file(name)
+            choice = choose(bundle.spec.static.provider, processor)
+            static = StaticEngine(bundle.path, bundle.spec, context=context, threads=all_cores, choice=choice)
+            return cls(bundle, static, tokenizer, _template(bundle))
+        if processor != "auto":
+            raise UserError(f"--processor is for bundles of an NPU: {path} is for {bundle.spec.target}")
+        prefill, decode = (None if threads else kept(bundle)) or (all_cores, None)
         engine = Engine(
             bundle.file(MODEL),
             bundle.spec,
