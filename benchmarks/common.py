@@ -93,7 +93,7 @@ class Benchmark:
 
 
 def arguments(description: str, *, sections: Sequence[str] = (), work: bool = False) -> argparse.Namespace:
-    """--json and --quick; --only where a benchmark has sections, all by default; --work where it can keep what it makes."""
+    """--json and --quick; --only where a benchmark has sections, all by default; --work keeps what it makes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under ten minutes")

@@ -39,7 +39,7 @@ inline void store_product(int32_t* p, int64_t stride) {
 
 // The codes of one tile as bytes, [columns / 4][16][4].
 template <int Bits, Offset Kind>
-void unpack_tile(const Matrix& w, int64_t tile, uint8_t* out) {
+[[gnu::noinline]] void unpack_tile(const Matrix& w, int64_t tile, uint8_t* out) {
   const uint8_t* codes = w.codes + tile * w.tile_codes();
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(1 << (Bits - 1)));
   for (int64_t column = 0; column < w.blocks() * w.block; column += 32) {
@@ -70,7 +70,7 @@ constexpr int64_t kBlocksAtOnce = 16;  // blocks that are multiplied before they
 
 // The products of one tile with 16 rows of activations.
 template <int Bits, Offset Kind>
-inline void square(const Matrix& w, int64_t tile, const uint8_t* codes, const Activations& x, int64_t first,
+[[gnu::noinline]] void square(const Matrix& w, int64_t tile, const uint8_t* codes, const Activations& x, int64_t first,
                    const float* scales_x, Floats* sums) {
   const int64_t blocks = w.blocks(), block = w.block, width = x.width, line = 64;
   const TileScales<Bits, Kind> scales(w, tile);

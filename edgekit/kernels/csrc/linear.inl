@@ -12,7 +12,8 @@
 namespace edgekit {
 namespace {
 
-// What the innermost loops call is always inline: left alone, the compiler stops inlining when a path has grown large.
+// What the innermost loops call is always inline, and they themselves never are: left alone, the compiler stops inlining
+// when a path has grown large, and copies whole loops where nothing is gained.
 
 // Run k of a plane of Width bits, each code shifted up by Up bits; `lines` are the plane's own.
 template <int Width, int Up, int Run>
@@ -102,7 +103,7 @@ struct TileScales {
 
 // The products of one tile with Rows rows of activations, from row `first`.
 template <int Bits, Offset Kind, int Planes, int Rows>
-inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
+[[gnu::noinline]] void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
   const int64_t blocks = w.blocks();
   const int groups = w.block / 32;
   constexpr int kGroupBytes = kLanes * 32 * Bits / 8;
@@ -110,7 +111,7 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
   const TileScales<Bits, Kind> scales(w, tile);
   // The first rows bring the tile into the cache, the others find it there.
   const bool streams = first == 0;
-  const int64_t ahead = kAhead / (kGroupBytes * groups);
+  const int64_t ahead = (kAhead / kGroupBytes) >> __builtin_ctz(static_cast<unsigned>(groups));
   for (int m = 0; m < Rows; ++m) sums[m] = zeros();
   for (int64_t b = 0; b < blocks; ++b) {
     Ints acc[Planes][Rows];
@@ -171,7 +172,7 @@ inline Floats exponential(Floats x) {
 inline Floats silu(Floats x) { return div(x, add(all(1.0f), exponential(sub(zeros(), x)))); }
 
 // Store the lanes of one tile that are rows of the matrix.
-[[gnu::always_inline]] inline void finish(const Epilogue& end, Floats value, float* y, int64_t at, int64_t column, int64_t rows) {
+[[gnu::noinline]] void finish(const Epilogue& end, Floats value, float* y, int64_t at, int64_t column, int64_t rows) {
   const int64_t count = rows - column < kLanes ? rows - column : kLanes;
   if (count == kLanes) {
     if (end.bias && !end.gated) value = add(value, load(end.bias + column));

@@ -44,7 +44,8 @@ struct Matrix {
   int64_t columns;
   const uint16_t* steps = nullptr;
   // Always inline, here and below: the linker keeps one copy of a function, and that may be for another processor.
-  [[gnu::always_inline]] int64_t blocks() const { return (columns + block - 1) / block; }
+  // A block is a power of two, and a division for each tile was a twentieth of decoding.
+  [[gnu::always_inline]] int64_t blocks() const { return (columns + block - 1) >> __builtin_ctz(static_cast<unsigned>(block)); }
   [[gnu::always_inline]] int64_t tiles() const { return (rows + kLanes - 1) / kLanes; }
   [[gnu::always_inline]] int64_t tile_codes() const { return blocks() * kLanes * block * bits / 8; }
 };
