@@ -7,7 +7,7 @@ DEMO   ?= demo
 comma  := ,
 TARGET := $(shell case `uname -m` in (x86_64) echo x86;; (aarch64|arm64) echo arm;; (*) echo portable;; esac)
 
-.PHONY: help demo test test-slow check format base-size bench kernels-asan kernels-arm test-arm clean
+.PHONY: help demo test test-slow check format base-size bench kernels-asan kernels-arm test-arm wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ test-arm: $(VENV)/.cross ## the same answer as here on emulated Arm processors (
 	$(BIN)/edgekit export build/arm64/small -o build/arm64/small.arm --target arm --device pi5 --force
 	$(BIN)/python tests/native/emulated.py build/arm64/small.arm build/arm64
 
+wheels: $(VENV)/.cross ## wheels for x86-64 and 64-bit Arm, compiled by zig, into build/wheels
+	$(BIN)/python -m edgekit.export.wheel build/wheels
+
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
 
@@ -86,8 +89,9 @@ $(VENV)/.full: $(VENV)/.dev
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,compress]' accelerate
 	@touch $@
 
+# GCC 12 drops stores that configure the matrix unit in llama.cpp, which then crashes where there is one.
 $(VENV)/.bench: $(VENV)/.full
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-dse -fno-tree-dse'" $(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.cross: $(VENV)/.dev

@@ -7,9 +7,13 @@ the bundles that it makes: all-MiniLM-L6-v2 in 8 bits, and in float32 beside it,
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
+import json
+import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,23 +21,28 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from assistant_data import Asked, Remembering, file_name, questions, rows, write_paragraphs
+from assistant_data import Asked, Remembering, questions, rows, write_paragraphs
 from common import Benchmark, arguments
 
-from edgekit.assistant.answer import Assistant, Finished, Style
-from edgekit.assistant.handover import Endpoint, Handover, Unreachable
+from edgekit.assistant.answer import Assistant, Finished, Opened, Reply, Style
+from edgekit.assistant.handover import Choice, Endpoint, Log, Settings
 from edgekit.assistant.index import Index
 from edgekit.assistant.label import Question, is_right, label
 from edgekit.assistant.logistic import calibration_error
-from edgekit.assistant.privacy import Privacy, Rules
-from edgekit.assistant.router import evaluate, fit_router
-from edgekit.assistant.search import search
+from edgekit.assistant.privacy import Privacy
+from edgekit.assistant.reading import Reading
+from edgekit.assistant.router import AFTER, SHARES, Labelled, Model, encoded, evaluate, fit_router
+from edgekit.assistant.search import search, terms
+from edgekit.assistant.switch import Switch
 from edgekit.assistant.update import update
+from edgekit.assistant.vectors import Vectors
 from edgekit.cli.knowledge import open_embedder
 from edgekit.compress import compress
 from edgekit.export.encoder import export_encoder
@@ -42,53 +51,97 @@ from edgekit.export.targets import find_target, host_target
 from edgekit.model.sources import open_model
 from edgekit.recipe import load_recipe
 from edgekit.runtime.embeddings import Embedder
+from edgekit.runtime.prefix import Prefixes
 from edgekit.runtime.session import Session
 
 THREADS = 2
 KILLS = 5
+VECTORS: tuple[Vectors, ...] = ("float", "int8", "bit")
 PRIVATE = "Oxygen"  # the article whose paragraphs stand for a private folder
 
 
+class Place:
+    """A folder with what several sections need, each made when it is first asked for."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    @cached_property
+    def docs(self) -> Path:
+        return write_paragraphs(self.work / "docs")
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        return open_embedder(None, threads=THREADS)
+
+    @cached_property
+    def index(self) -> Index:
+        index = Index.open(self.work / "int8.db", self.embedder, create=True)
+        update(index, self.docs)
+        return index
+
+    @cached_property
+    def bundle(self) -> Path:
+        bundle = self.work / "small.run"
+        if not bundle.is_dir():
+            compress(open_model("smollm2-135m"), load_recipe("int4"), self.work / "small", force=True)
+            export(open_model(str(self.work / "small")), bundle, target=find_target(host_target()))
+        return bundle
+
+    def fresh(self, name: str) -> Path:
+        """A path where nothing is of an earlier run."""
+        for left in self.work.glob(f"{name}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return self.work / name
+
+    def session(self, *, context: int = 2048) -> Session:
+        return Session.open(self.bundle, context=context, threads=THREADS)
+
+
 def main() -> None:
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__ or "", sections=tuple(SECTIONS))
     bench = Benchmark("assistant")
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        docs = write_paragraphs(work / "docs")
-        tested = questions("testing", 1000)
-        embedder = open_embedder(None, threads=THREADS)
-        index = measure_index(bench, work, docs, embedder)
-        recall = measure_recall(bench, "8 bits", index, tested)
-        measure_queries(bench, index, tested)
-        full = measure_recall(bench, "float32", float_index(work, docs), tested)
-        bench.at_least("hybrid recall@5, 1,000 questions", recall, 0.90)
-        bench.at_least("recall@5 of 8-bit embeddings, less that of float32", recall - full, -0.01)
-        measure_vectors(bench, work, docs, embedder, tested)
-        measure_refusal(bench, work, embedder, tested)
-        measure_kills(bench, work, docs)
-        measure_privacy(bench, work, embedder)
-        measure_router(bench, work, index, 250 if options.quick else 500)
+        kept = os.environ.get("EDGEKIT_BENCH")  # a folder in which the bundle and the index stay for the next run
+        place = Place(Path(kept or folder))
+        for name in options.only:
+            SECTIONS[name](bench, place, options.quick)
     bench.finish(as_json=options.json)
 
 
-def measure_index(bench: Benchmark, work: Path, docs: Path, embedder: Embedder) -> Index:
-    index = Index.open(work / "int8.db", embedder, create=True)
-    changes = update(index, docs)
+def measure_index(bench: Benchmark, place: Place, quick: bool) -> None:
+    """How long the index takes to make, and a question to be looked up in it."""
+    index = Index.open(place.fresh("timed.db"), place.embedder, create=True)
+    place.docs  # noqa: B018  written now
+    changes = update(index, place.docs)
     assert changes.added == 2067
     bench.value("index 2,067 paragraphs", changes.seconds, "s", note=f"{THREADS} threads, {changes.passages} passages")
-    again = update(index, docs)
+    again = update(index, place.docs)
     bench.value("index again, nothing changed", again.seconds, "s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     bench.value("peak memory of the process while indexing", peak / 1e6, "MB", note="the embedder included")
     bench.at_most("index of 2,067 paragraphs, seconds on 2 cores", changes.seconds, 60)
-    return index
+    times = [search(index, asked.question).milliseconds for asked in questions("testing", 300 if quick else 1000)]
+    bench.samples("query, embedding included", times, unit="ms", note=f"{THREADS} threads")
+    slow = float(np.percentile(times, 99))
+    bench.value("query, 99th percentile", slow, "ms", n=len(times))
+    bench.at_most("query, 99th percentile, ms", slow, 30)
 
 
-def float_index(work: Path, docs: Path) -> Index:
-    bundle = work / "float32"
+def measure_recalls(bench: Benchmark, place: Place, quick: bool) -> None:
+    """Hybrid retrieval against its parts, with embeddings in 8 bits and in float32."""
+    tested = questions("testing", 1000)
+    recall = measure_recall(bench, "8 bits", place.index, tested)
+    full = measure_recall(bench, "float32", float_index(place), tested)
+    bench.at_least("hybrid recall@5, 1,000 questions", recall, 0.90)
+    bench.at_least("recall@5 of 8-bit embeddings, less that of float32", recall - full, -0.01)
+
+
+def float_index(place: Place) -> Index:
+    bundle = place.fresh("float32")
     export_encoder(open_model("minilm-l6"), bundle, target=find_target(host_target()))
-    index = Index.open(work / "float32.db", Embedder.open(bundle, threads=THREADS), create=True, vectors="float")
-    update(index, docs)
+    index = Index.open(place.fresh("float.db"), Embedder.open(bundle, threads=THREADS), create=True, vectors="float")
+    update(index, place.docs)
     return index
 
 
@@ -99,8 +152,6 @@ def documents(index: Index, numbers: list[int]) -> list[str]:
 
 def measure_recall(bench: Benchmark, name: str, index: Index, tested: list[Asked]) -> float:
     """The share of questions whose paragraph is among the first five: of words and vectors alone, and of both."""
-    from edgekit.assistant.search import terms
-
     hits: dict[str, list[bool]] = {"words alone": [], "vectors alone": [], "both": []}
     for asked in tested:
         vector = index.embedder.embed([asked.question])[0]
@@ -116,21 +167,14 @@ def measure_recall(bench: Benchmark, name: str, index: Index, tested: list[Asked
     return float(np.mean(hits["both"]))
 
 
-def measure_queries(bench: Benchmark, index: Index, tested: list[Asked]) -> None:
-    times = [search(index, asked.question).milliseconds for asked in tested]
-    bench.samples("query, embedding included", times, unit="ms", note=f"{THREADS} threads")
-    slow = float(np.percentile(times, 99))
-    bench.value("query, 99th percentile", slow, "ms", n=len(times))
-    bench.at_most("query, 99th percentile, ms", slow, 30)
-
-
-def measure_vectors(bench: Benchmark, work: Path, docs: Path, embedder: Embedder, tested: list[Asked]) -> None:
+def measure_vectors(bench: Benchmark, place: Place, quick: bool) -> None:
     """Size, speed and recall of each way to keep vectors: of the vectors' search alone, with the same vectors."""
-    remembering = Remembering(embedder)
-    for kind in ("float", "int8", "bit"):
-        path = work / f"vectors.{kind}.db"
+    tested = questions("testing", 1000)
+    remembering = Remembering(place.embedder)
+    for kind in VECTORS:
+        path = place.fresh(f"vectors.{kind}.db")
         index = Index.open(path, remembering, create=True, vectors=kind)
-        update(index, docs)
+        update(index, place.docs)
         hits, times = [], []
         for asked in tested:
             vector = remembering.embed([asked.question])[0]
@@ -158,10 +202,11 @@ def vector_bytes(path: Path) -> float:
     return float(kept + codes) / float(count)
 
 
-def measure_refusal(bench: Benchmark, work: Path, embedder: Embedder, tested: list[Asked]) -> None:
+def measure_refusal(bench: Benchmark, place: Place, quick: bool) -> None:
     """How often "I don't know" comes, asked of an index that lacks the articles of half of the questions."""
-    index = Index.open(work / "half.db", embedder, create=True)
-    update(index, write_paragraphs(work / "half", even_only=True))
+    tested = questions("testing", 1000)
+    index = Index.open(place.fresh("half.db"), place.embedder, create=True)
+    update(index, write_paragraphs(place.work / "half", even_only=True))
     refused = {even: [not search(index, q.question).known for q in tested if q.even == even] for even in (True, False)}
     bench.value("questions refused, article in the index", float(np.mean(refused[True])), "", n=len(refused[True]))
     bench.value("questions refused, article not in it", float(np.mean(refused[False])), "", n=len(refused[False]))
@@ -179,9 +224,9 @@ update(index, Path(sys.argv[2]), on_progress=lambda done, total: print(done, flu
 """
 
 
-def measure_kills(bench: Benchmark, work: Path, docs: Path) -> None:
+def measure_kills(bench: Benchmark, place: Place, quick: bool) -> None:
     """Kill -9 during indexing: what was stored and is lost, and whether the database is whole."""
-    path, chance = work / "killed.db", random.Random(0)
+    path, chance, docs = place.fresh("killed.db"), random.Random(0), place.docs
     lost = broken = 0
     for _ in range(KILLS):
         child = subprocess.Popen([sys.executable, "-c", KILLED, path, docs], stdout=subprocess.PIPE, text=True)
@@ -279,44 +324,97 @@ def private_texts(chance: random.Random) -> list[str]:
     return made + [chance.choice(spread)(text, quote) for text, quote in zip(asked[160:], quoted, strict=True)]
 
 
-def measure_privacy(bench: Benchmark, work: Path, embedder: Embedder) -> None:
-    """Private texts against a door that would let everything go; and public questions, which must go."""
-    folder = work / "mixed" / "private"
-    folder.mkdir(parents=True)
-    for row in rows("squad_docs"):
-        if row["title"] == PRIVATE:
-            (folder / file_name(row["id"])).write_text(row["text"], encoding="utf-8")
-    index = Index.open(work / "mixed.db", embedder, create=True)
-    update(index, work / "mixed")
-    rules = Rules(Privacy(folders=("private",)))
+def measure_privacy(bench: Benchmark, place: Place, quick: bool) -> None:
+    """Private texts and public questions, asked of an assistant whose router hands over whatever it may.
+
+    Whatever arrives at the larger model is counted, word for word: that a secret is in it, or that a question with one
+    got there at all.
+    """
+    index = place.index
+    private = private_texts(random.Random(0))
+    public = [q.question for q in questions("testing", 300) if not q.file.startswith(f"{PRIVATE}/")]
+    assert len(set(private)) == 200
     with recorder() as (url, got):
-        door = Handover(Endpoint(url, "larger", seconds=10), work / "log.jsonl", rules)
+        settings = Settings(
+            Endpoint(url, "larger", seconds=10),
+            Choice("", share=1.0),
+            Log(str(place.fresh("log.jsonl"))),
+            Privacy(folders=(PRIVATE,)),
+        )
+        session = place.session()
+        session.go_on = lambda: False  # the answers that are made here do not matter: no model need run for them
+        assistant = Assistant(session, index, router=Switch(settings, everything(index.embedder.dim), index))
+        answers = {text: ask(assistant, text) for text in (*private, *public)}
+    sent = [json.loads(body)["messages"][0]["content"] for body in got]
+    left = sum(any(text in body for body in sent) for text in private)
+    away = [text for text in private if to(answers[text]) == "elsewhere"]
+    went = sum(any(text in body for body in sent) for text in public)
+    kept_paragraphs = [row["text"] for row in rows("squad_docs") if row["title"] == PRIVATE]
+    quoted = sum(paragraph in body for paragraph in kept_paragraphs for body in sent)
+    bench.value("private texts that left", left, "", n=len(private), note=f"{len(sent)} texts arrived in all")
+    bench.value("public questions that left", went / len(public), "", n=len(public), note="all of them might")
+    bench.at_most("private texts of 200 that leave", max(left, len(away)), 0)
+    bench.at_most("paragraphs of a private folder that leave with questions", quoted, 0)
+    bench.at_least("share of public questions that leave", went / len(public), 0.8)
 
-        def goes(text: str) -> bool:
-            if rules.reason([text], index=index):
-                return False
-            try:
-                return bool(door.ask(text, [], [], wrong=None))
-            except Unreachable:
-                return False
 
-        private = private_texts(random.Random(0))
-        assert len(set(private)) == 200
-        left = sum(goes(text) for text in private)
-        assert left == len(got)
-        public = [q.question for q in questions("testing", 300) if not q.file.startswith(PRIVATE)]
-        went = sum(goes(text) for text in public)
-    bench.value("private texts that left", left, "", n=len(private))
-    bench.value("public questions that could leave", went / len(public), "", n=len(public))
-    bench.at_most("private texts of 200 that leave", left, 0)
-    bench.at_least("share of public questions that may leave", went / len(public), 0.95)
+def ask(assistant: Assistant, question: str, **options: Any) -> Reply:
+    *_, last = assistant.answer(question, **options)
+    assert isinstance(last, Finished)
+    return last.reply
 
 
-def measure_router(bench: Benchmark, work: Path, index: Index, count: int) -> None:
-    """Fit on `count` labelled answers, test on as many about other articles; and what each style gets right."""
-    compress(open_model("smollm2-135m"), load_recipe("int4"), work / "small")
-    export(open_model(str(work / "small")), work / "small.run", target=find_target(host_target()))
-    session = Session.open(work / "small.run", context=2048, threads=THREADS)
+def to(reply: Reply) -> str:
+    assert reply.route is not None
+    return reply.route.to
+
+
+def everything(dim: int) -> Model:
+    """A router that knows nothing; with a share of 1 it hands everything over."""
+    chance = np.random.default_rng(0)
+    examples = [
+        Labelled("", at % 2 == 0, tuple(chance.standard_normal(len(AFTER)).tolist()),
+                 encoded(chance.standard_normal(dim).astype(np.float32)))
+        for at in range(60)
+    ]  # fmt: skip
+    return dataclasses.replace(fit_router(examples), thresholds=tuple((0.0, 0.0) for _ in SHARES))
+
+
+def measure_prefix(bench: Benchmark, place: Place, quick: bool) -> None:
+    """A whole article in the context: read by the model, and taken from disk by another session."""
+    for title, paragraphs in (("Oxygen", 12), ("Oxygen", 40)):
+        texts = [row["text"] for row in rows("squad_docs") if row["title"] == title][:paragraphs]
+        folder = place.fresh(f"article{paragraphs}")
+        folder.mkdir()
+        (folder / "article.md").write_text(f"# {title}\n\n" + "\n\n".join(texts), encoding="utf-8")
+        index = Index.open(place.fresh(f"whole{paragraphs}.db"), place.embedder, create=True)
+        update(index, folder)
+        prefixes = Prefixes(place.fresh(f"prefixes{paragraphs}"))
+        read: dict[str, tuple[Reading, list[int], Reply]] = {}
+        for way in ("model", "disk"):
+            session = place.session(context=8192)
+            assistant = Assistant(session, index, prefixes=prefixes)
+            events = list(assistant.answer("Who discovered oxygen?", document="article.md", max_tokens=24))
+            (reading,) = (event.reading for event in events if isinstance(event, Opened))
+            assert reading.origin == way
+            assert isinstance(events[-1], Finished)
+            assert session.current is not None
+            read[way] = reading, session.current.tokens, events[-1].reply
+            note = f"{reading.tokens} tokens"
+            bench.value(f"whole document, {paragraphs} paragraphs, read from {way}", reading.seconds, "s", note=note)
+            bench.value(f"whole document, {paragraphs} paragraphs, answer, {way}", events[-1].reply.seconds, "s")
+            del session, assistant
+        (file,) = prefixes.folder.glob("*.prefix")
+        bench.value(f"whole document, {paragraphs} paragraphs, kept file", file.stat().st_size / 1e6, "MB")
+        same = read["model"][1] == read["disk"][1]
+        bench.at_least(f"answers from the kept cache are the same, {paragraphs} paragraphs", float(same), 1)
+        faster = read["model"][0].seconds / read["disk"][0].seconds
+        bench.at_least(f"a kept document is there sooner, times, {paragraphs} paragraphs", faster, 5)
+
+
+def measure_router(bench: Benchmark, place: Place, quick: bool) -> None:
+    """Fit on labelled answers, test on as many about other articles; and what each style gets right."""
+    count, index, session = 250 if quick else 500, place.index, place.session()
     quoting = Assistant(session, index, watch=True)
     parts = {}
     clock = time.perf_counter()
@@ -344,12 +442,20 @@ def measure_router(bench: Benchmark, work: Path, index: Index, count: int) -> No
 
 def share_right(session: Session, index: Index, style: Style, count: int) -> float:
     assistant = Assistant(session, index, style=style)
-    right = []
-    for asked in questions("testing", count):
-        *_, last = assistant.answer(asked.question, max_tokens=64)
-        assert isinstance(last, Finished)
-        right.append(is_right(last.reply.text, asked.answers))
-    return float(np.mean(right))
+    asked = questions("testing", count)
+    return float(np.mean([is_right(ask(assistant, q.question, max_tokens=64).text, q.answers) for q in asked]))
+
+
+SECTIONS: dict[str, Callable[[Benchmark, Place, bool], None]] = {
+    "index": measure_index,
+    "recall": measure_recalls,
+    "vectors": measure_vectors,
+    "refusal": measure_refusal,
+    "kills": measure_kills,
+    "privacy": measure_privacy,
+    "prefix": measure_prefix,
+    "router": measure_router,
+}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def articles() -> list[str]:
 
 
 def file_name(paragraph: str) -> str:
-    return paragraph.replace("/", "_").replace("#", "-") + ".md"
+    """The file of a paragraph, in a folder for each article: the third one of Oxygen is Oxygen/3.md."""
+    article, _, number = paragraph.rpartition("#")
+    return f"{article.replace('/', '_')}/{number}.md"
 
 
 def write_paragraphs(folder: Path, *, even_only: bool = False) -> Path:
@@ -48,7 +50,9 @@ def write_paragraphs(folder: Path, *, even_only: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows("squad_docs"):
         if not even_only or numbers[row["title"]] % 2 == 0:
-            (folder / file_name(row["id"])).write_text(f"# {row['title']}\n\n{row['text']}\n", encoding="utf-8")
+            path = folder / file_name(row["id"])
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"# {row['title']}\n\n{row['text']}\n", encoding="utf-8")
     return folder
 
 

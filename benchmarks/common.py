@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -91,15 +92,18 @@ class Benchmark:
         return "\n".join(lines)
 
 
-def arguments(description: str, *, sections: tuple[str, ...] = ()) -> argparse.Namespace:
-    """--json and --quick; for a benchmark of `sections` also --only, a list of those that run: all by default."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(description: str, *, sections: Sequence[str] = (), work: bool = False) -> argparse.Namespace:
+    """--json and --quick; --only where a benchmark has sections, all by default; --work keeps what it makes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under ten minutes")
     if sections:
+        listed = ", ".join(sections)
         parser.add_argument(
-            "--only", nargs="+", choices=sections, default=list(sections), help="run these sections alone"
+            "--only", nargs="+", choices=sections, default=list(sections), metavar="SECTION", help=listed
         )
+    if work:
+        parser.add_argument("--work", metavar="FOLDER", help="keep models there, and use those that are there")
     return parser.parse_args()
 
 

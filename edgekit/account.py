@@ -1,14 +1,18 @@
-"""Energy, CO2 and cost of a thousand answers, from profiles, against the uncompressed model.
+"""Energy, CO2 and cost of a thousand answers, from profiles and logs, against the uncompressed model.
 
     joules = answers * (prompt tokens * J a prompt token + generated tokens * J a generated token)
     CO2 = joules / 3.6e6 * grid intensity,   cost = joules / 3.6e6 * price of a kWh
 
-Grid intensity and price are what the user says; nothing is assumed. A profile without joules gives none, and says why.
+Where a server's log has the joules of its answers, their mean takes the place of the first line. Grid intensity and
+price are what the user says; nothing is assumed. What has no joules gives none, and says why.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from edgekit.errors import UserError
 from edgekit.report import How, Measurement, Report
@@ -39,9 +43,17 @@ class Use:
                 raise UserError(f"what a kWh carries or costs must be at least 0: got {value}")
 
 
-def account(profile: Report, use: Use, *, against: Report | None = None) -> tuple[Measurement, ...]:
-    """The rows for `profile`, and with `against`, the profile of the uncompressed model, what is saved."""
-    ours = _energy(profile, use)
+def account(
+    profile: Report | None, use: Use, *, against: Report | None = None, measured: Sequence[float] = ()
+) -> tuple[Measurement, ...]:
+    """The rows for `profile`, and with `against`, the profile of the uncompressed model, what is saved.
+
+    `measured` are the joules of single answers; where there are some, `profile` is not needed. Raises UserError: there
+    is neither.
+    """
+    if profile is None and not measured:
+        raise UserError("an account needs joules: pass a profile, or a log of answers that a sensor measured")
+    ours = _mean(measured, use) if measured else _energy(profile, use)  # type: ignore[arg-type]
     rows = _rows("", ours, use)
     if against is not None:
         theirs = _energy(against, use)
@@ -50,8 +62,21 @@ def account(profile: Report, use: Use, *, against: Report | None = None) -> tupl
             share = 100 * (1 - ours.value / theirs.value)
             rows.append(Measurement("energy saved", share, "%", _worse(ours.how, theirs.how)))
         else:
-            rows.append(Measurement("energy saved", None, "%", note="one of the profiles has no joules"))
+            rows.append(Measurement("energy saved", None, "%", note="one of the two has no joules"))
     return tuple(rows)
+
+
+def _mean(joules: Sequence[float], use: Use) -> Measurement:
+    half = 1.96 * statistics.stdev(joules) / math.sqrt(len(joules)) if len(joules) > 1 else None
+    return Measurement(
+        f"energy, {use.answers} answers",
+        use.answers * statistics.fmean(joules),
+        "J",
+        "measured",
+        n=len(joules),
+        spread=None if half is None else use.answers * half,
+        note="mean of the answers that a sensor measured; all that it covers, not the model alone",
+    )
 
 
 def _energy(profile: Report, use: Use) -> Measurement:
@@ -73,7 +98,7 @@ def _energy(profile: Report, use: Use) -> Measurement:
 
 def _rows(label: str, energy: Measurement, use: Use) -> list[Measurement]:
     facts = (("CO2", use.grid_g_per_kwh, "g"), ("cost", use.price_per_kwh, ""))
-    rows = [Measurement(energy.name + label, energy.value, "J", energy.how, energy.n, note=energy.note)]
+    rows = [replace(energy, name=energy.name + label)]
     for name, rate, unit in facts:
         if rate is not None:
             value = None if energy.value is None else energy.value / JOULES_A_KWH * rate

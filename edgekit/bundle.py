@@ -26,6 +26,7 @@ from edgekit.schema import parse
 
 SPEC = "runtime.json"
 MODEL = "model.onnx"
+PREFILL = "prefill.onnx"
 WEIGHTS = "model.onnx.data"
 PAGE = 16  # positions that share a mean value in a sparse cache
 BLOCK = 256  # positions whose codes stand together there
@@ -52,13 +53,34 @@ class LayerCache:
 
 
 @dataclass(frozen=True)
+class StaticGraphs:
+    """Graphs of fixed shapes, for accelerators: model.onnx takes one token, prefill.onnx `chunk`.
+
+    `provider` is who runs them: a key of `edgekit.runtime.providers.PROVIDERS`. `cache` is the element type of keys and
+    values, `hidden` what the mask takes away from a score to hide it. With `compiled`, *.qnn.onnx hold the same graphs
+    compiled for one NPU: its name.
+    """
+
+    provider: Literal["qnn", "openvino"]
+    chunk: int
+    hidden: float
+    cache: Literal["uint16", "float32"]
+    compiled: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= 1 << 16 or not 0 < self.hidden < math.inf:
+            raise ModelError(f"chunk and hidden must be above zero: got {self.chunk} and {self.hidden}")
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """What the runtime must know of a decoder graph beyond the graph itself.
 
     `resident_bytes` is what the weights take in memory once they are loaded, `activation_bytes` what one token's
     activations take. `operators` says whose the graph's are: with "edgekit" the kernel library is registered where
     there is one, and the cache is float16; "stock" graphs keep it in float32. `budget` is how many positions a token
-    attends to exactly in sparse layers, unless the session asks for another number.
+    attends to exactly in sparse layers, unless the session asks for another number. `static` is there where the graphs
+    have fixed shapes. `decode_threads` is how many threads read memory best on the device that it was exported for.
     """
 
     architecture: str
@@ -71,6 +93,8 @@ class DecoderSpec:
     activation_bytes: int
     operators: Literal["stock", "edgekit"] = "stock"
     budget: int | None = None
+    static: StaticGraphs | None = None
+    decode_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.sparse != (self.budget is not None) or (self.budget is not None and self.budget < 1):
@@ -85,10 +109,14 @@ class DecoderSpec:
                 raise ModelError(f"{name} must be from 1 to {1 << 24}: got {size}")
         if self.resident_bytes < 0 or self.activation_bytes < 0:
             raise ModelError(f"bytes must not be below 0: got {self.resident_bytes} and {self.activation_bytes}")
+        if self.decode_threads is not None and not 1 <= self.decode_threads <= 1024:
+            raise ModelError(f"decode_threads must be from 1 to 1024: got {self.decode_threads}")
 
     @property
     def cache_type(self) -> np.dtype[Any]:
         """The element type of keys and values."""
+        if self.static is not None:
+            return np.dtype(self.static.cache)
         return np.dtype(np.float16 if self.operators == "edgekit" else np.float32)
 
     @property
@@ -107,7 +135,8 @@ class DecoderSpec:
         return numbers * self.cache_type.itemsize * tokens + beside
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        facts = dataclasses.asdict(self)
+        return json.dumps({k: v for k, v in facts.items() if k not in ("static", "decode_threads") or v}, indent=1)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ RECIPE = "recipe.toml"
 class Progress:
     """One more block is done: `done` of `total`, its name, and its bytes before the first and after the last step.
 
-    Before them, while a step surveys the model, `block` is "survey" and the sizes are 0.
+    Before them, while a step surveys the model, `block` is "survey" and the sizes are 0; "training" while one heals.
     """
 
     block: str
@@ -65,10 +65,13 @@ def compress(
     *,
     resume: bool = False,
     force: bool = False,
+    teacher: Checkpoint | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     activations_bytes: int | None = None,
 ) -> Manifest:
     """Write `checkpoint`, changed by `recipe`, to the new folder `output`, and return its manifest.
+
+    A recipe that heals runs in passes (`edgekit.passes`); `teacher` then goes before the one that it names.
 
     `resume` goes on with a run that was killed, and begins one where there is none. `force` replaces an output that
     stands there, and discards a killed run unless `resume` is set. Hidden states of calibration take at most
@@ -78,6 +81,24 @@ def compress(
     another process is at work; a step does not suit the model; calibration text is missing or too short. BudgetError:
     the disk is too small. ModelError: weights that cannot be right. Whatever is raised, the output stays as it was.
     """
+    if any(step.needs == "model" for step in recipe.steps):
+        from edgekit.passes import in_passes
+
+        def stream(current: Checkpoint, part: Recipe, folder: Path) -> Manifest:
+            _Job.of(current, part)  # before an earlier run is thrown away
+            return compress(
+                current, part, folder, resume=resume, on_progress=on_progress, activations_bytes=activations_bytes
+            )
+
+        def report(what: str, done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress(what, done, total, 0, 0))
+
+        return in_passes(
+            checkpoint, recipe, output, compress=stream, teacher=teacher, resume=resume, force=force, on_progress=report
+        )
+    if teacher is not None:
+        raise UserError(f"a teacher is for recipes with a step heal.distill: {recipe.name} has none")
     output = Path(os.path.abspath(output))
     with explain_write_errors(output):
         refuse_overlap(checkpoint, output)
@@ -118,9 +139,6 @@ class _Job:
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> _Job:
         """Prepare all steps; nothing large is read. Raises UserError or ModelError when one does not suit the model."""
-        for step in recipe.steps:
-            if step.needs == "model":
-                raise UserError(f"{step.name} works on a whole model: it is no step of a recipe")
         if step_facts(checkpoint.config).tied and checkpoint.has("lm_head"):  # some writers store the tied table twice
             names = {name: name for name in checkpoint.tensors.names() if not name.startswith("lm_head.")}
             checkpoint = renamed(checkpoint, names, config=checkpoint.config)
@@ -136,7 +154,7 @@ class _Job:
 
 def _begin_walk(job: _Job, work: Path, activations_bytes: int | None) -> Walk | None:
     """The walk of the calibration text, where a step needs one."""
-    needy = next((step for step in job.recipe.steps if step.needs != "weights"), None)
+    needy = next((step for step in job.recipe.steps if step.needs not in ("weights", "model")), None)
     if needy is None:
         return None
     try:

@@ -50,11 +50,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Npu:
-    """A neural accelerator: `tops` tera-operations a second at `dtype`, as the vendor states them."""
+    """A neural accelerator: `tops` tera-operations a second at `dtype`, as the vendor states them.
+
+    `provider` is whose graphs it runs, of `--target npu-...`. A Hexagon has `htp_arch`, its version, and `soc_model`,
+    the number that Qualcomm's compiler knows the chip by.
+    """
 
     name: str
     tops: float
     dtype: str
+    provider: Literal["qnn", "openvino"] | None = None
+    htp_arch: int | None = None
+    soc_model: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,16 @@ class Device:
         known = [int(key) for key in self.bandwidth_read_gbs if int(key) <= threads]
         return self.bandwidth_read_gbs[str(max(known))] if known else None
 
+    @property
+    def decode_threads(self) -> int | None:
+        """How many threads to decode with: the most that still read memory at 90 % of the best rate that was measured.
+
+        More would wait for each other at the memory. None where no rates are known.
+        """
+        rates = {int(threads): rate for threads, rate in self.bandwidth_read_gbs.items()}
+        good = [threads for threads, rate in rates.items() if rate >= 0.9 * max(rates.values())]
+        return max(good, default=None)
+
     def fingerprint(self) -> dict[str, str]:
         """The facts that must agree for two reports to be comparable, for `Report.machine`."""
         cores = " + ".join(f"{cluster.count or '?'} x {cluster.core}" for cluster in self.clusters)
@@ -179,7 +196,7 @@ def _quote(text: str) -> str:
 
 def known_devices() -> tuple[str, ...]:
     """The names that `load_device` knows, sorted."""
-    return tuple(sorted(path.stem for path in _folder().glob("*.toml")))
+    return tuple(sorted(path.stem for path in devices_folder().glob("*.toml")))
 
 
 def load_device(name_or_path: str | Path) -> Device:
@@ -191,7 +208,7 @@ def load_device(name_or_path: str | Path) -> Device:
     if path.suffix != ".toml" and len(path.parts) == 1:
         if path.name not in known_devices():
             raise UserError(f"no device is called {path.name!r}{nearest(path.name, known_devices())}")
-        path = _folder() / f"{path.name}.toml"
+        path = devices_folder() / f"{path.name}.toml"
     try:
         return parse(Device, tomllib.loads(path.read_text(encoding="utf-8")), where=str(path))
     except OSError as problem:
@@ -200,7 +217,7 @@ def load_device(name_or_path: str | Path) -> Device:
         raise UserError(f"a device file must be TOML: {path}: {problem}") from problem
 
 
-def _folder() -> Path:
+def devices_folder() -> Path:
     """`devices/` lies inside the installed package, and beside it in a source checkout."""
     here = Path(__file__).parent
     return here / "devices" if (here / "devices").is_dir() else here.parent / "devices"

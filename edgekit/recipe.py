@@ -66,6 +66,8 @@ class Recipe:
     def sha256(self) -> str:
         """The digest of the resolved recipe as canonical JSON: the same for two texts that mean the same."""
         steps = [{"use": step.name, **options(step)} for step in self.steps]
+        for step in steps:
+            step.pop("data", None)  # which text it is, its own digest says
         data: dict[str, object] = {"name": self.name, "description": self.description, "seed": self.seed, "step": steps}
         windows = {"samples": self.calibration.samples, "length": self.calibration.length}
         if windows != {"samples": CalibrationOptions.samples, "length": CalibrationOptions.length}:
@@ -97,7 +99,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise UserError(f"a recipe must be a readable TOML file: {path} ({problem})") from problem
     recipe = parse_recipe(text, where=str(path))
     beside = tuple(str(path.parent / file) for file in recipe.calibration.files)  # an absolute path stays
-    return replace(recipe, calibration=replace(recipe.calibration, files=beside))
+    steps = tuple(_beside(step, path.parent) for step in recipe.steps)
+    return replace(recipe, steps=steps, calibration=replace(recipe.calibration, files=beside))
 
 
 def parse_recipe(text: str, *, where: str) -> Recipe:
@@ -134,6 +137,14 @@ def within(recipe: Recipe, target_mb: float) -> Recipe:
 def built_in_recipes() -> tuple[str, ...]:
     """The names of the recipes that come with edgekit, sorted."""
     return tuple(sorted(path.stem for path in BUILT_IN.glob("*.toml")))
+
+
+def _beside(step: Step, folder: Path) -> Step:
+    """The step with its text files named from where the recipe lies."""
+    files = options(step).get("data")
+    if not isinstance(files, list):
+        return step
+    return replace(step, data=tuple(str(folder / file) for file in files))  # type: ignore[type-var]
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -45,11 +45,13 @@ if TYPE_CHECKING:
 Needs = Literal["weights", "activations", "originals", "model"]
 
 STEPS = {
+    "heal.distill": "edgekit.heal.step:Distill",
     "merge.drop": "edgekit.merge.drop:Drop",
     "merge.layers": "edgekit.merge.layers:Merge",
     "prune.heads": "edgekit.prune.steps:Heads",
     "prune.neurons": "edgekit.prune.steps:Neurons",
     "prune.planned": "edgekit.prune.steps:Planned",
+    "prune.weights": "edgekit.prune.weights:Weights",
     "quant.awq": "edgekit.quant.scaling:Awq",
     "quant.int2": "edgekit.quant.methods:Int2",
     "quant.int3": "edgekit.quant.methods:Int3",
@@ -61,6 +63,7 @@ STEPS = {
     "quant.smooth": "edgekit.quant.scaling:Smooth",
     "tn.lowrank": "edgekit.tn.steps:LowRank",
     "tn.mpo": "edgekit.tn.mpo_step:Mpo",
+    "tn.tucker": "edgekit.tn.tucker_step:HeadsTucker",
 }
 
 
@@ -250,7 +253,10 @@ def step_class(name: str, *, where: str) -> type[Step]:
     if name not in STEPS:
         raise UserError(f"{where}: use must name a step: got {name!r}{nearest(name, STEPS)}")
     module, _, attribute = STEPS[name].partition(":")
-    return cast(type[Step], getattr(importlib.import_module(module), attribute))
+    try:
+        return cast(type[Step], getattr(importlib.import_module(module), attribute))
+    except ModuleNotFoundError as problem:
+        raise UserError(f"{where}: {name} needs {problem.name}: pip install 'edgekit[compress]'") from problem
 
 
 def options(step: Step) -> dict[str, object]:

@@ -58,6 +58,10 @@ class Dense:
         """Bytes that the matrix takes in its folder."""
         return self.values.nbytes
 
+    def rows(self, part: slice | NDArray[np.int64]) -> Dense:
+        """Some of the rows, as a matrix of their own."""
+        return Dense(self.values[part])
+
     def dense(self) -> Floats:
         """The values themselves, (out, in) float32."""
         return self.values
@@ -133,7 +137,7 @@ class Quantized:
         parts = (self.codes, self.scales, self.zeros, self.minima, self.steps)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def rows(self, part: slice) -> Quantized:
+    def rows(self, part: slice | NDArray[np.int64]) -> Quantized:
         """Some of the rows, as a matrix of their own."""
         return replace(
             self,

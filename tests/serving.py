@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
 from test_reference import tiny_checkpoint
 
-from edgekit.assistant.answer import Citation, Event, Finished, Reply, Routed, Sources, Text
+from edgekit.assistant.answer import Citation, Event, Finished, Opened, Reply, Routed, Sources, Text
 from edgekit.assistant.queue import Line
+from edgekit.assistant.reading import Reading
 from edgekit.assistant.records import Records
 from edgekit.assistant.router import Decision
 from edgekit.assistant.search import Found, Passage
@@ -57,15 +59,23 @@ def served(
     model: Model, *, records: Records | None = None, settings: Settings | None = None, waiting: int = 32
 ) -> Iterator[Served]:
     """Serve a model on a free port of the loopback address."""
-    with Line(waiting=waiting) as line, socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        server = uvicorn_server(make_app(model, line, records=records, settings=settings or Settings()))
+    with Line(waiting=waiting) as line:
+        app = make_app(model, line, records=records, settings=settings or Settings())
+        with listening(app) as port:
+            yield Served(f"http://127.0.0.1:{port}", port, model, line, records)
+
+
+@contextmanager
+def listening(app: ASGIApp) -> Iterator[int]:
+    """Serve an application on a free port of the loopback address."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        server = uvicorn_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.005)
-        port = listener.getsockname()[1]
         try:
-            yield Served(f"http://127.0.0.1:{port}", port, model, line, records)
+            yield listener.getsockname()[1]
         finally:
             server.should_exit = server.force_exit = True
             thread.join(timeout=20)
@@ -114,10 +124,13 @@ class ScriptedAssistant:
 
     def __init__(self, *, to: str = "here") -> None:
         self.to = to
+        self.endpoint = "http://models.example/v1" if to == "elsewhere" else None
         self.asked: list[tuple[str, int]] = []
+        self.documents: list[str | None] = []
 
     def answer(self, question: str, history: Sequence[Any] = (), **options: Any) -> Iterator[Event]:
         self.asked.append((question, len(history)))
+        self.documents.append(options["document"])
         passages = tuple(
             Passage(name, title, heading, start, start + len(text), text, 0.03, 0.7, 0.9)
             for name, title, heading, start, text in (
@@ -135,6 +148,8 @@ class ScriptedAssistant:
         yield Sources(Found(passages, 0.9, 0.4, 3.0))
         decision = Decision(to=self.to, stage="before", reason="the question is simple", endpoint="models.example")  # type: ignore[arg-type]
         yield Routed(decision)
+        if options["document"] is not None:
+            yield Opened(Reading(options["document"], 1234, "disk", 0.02))
         pieces = ["Staff may work ", "from home on ", "**two days a week** [1], ", "outside of the core hours [2]."]
         for piece in pieces:
             time.sleep(0.02)

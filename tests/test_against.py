@@ -92,6 +92,18 @@ def test_the_command_compares_caches_and_gates(home: Path, tmp_path: Path, monke
     assert "broken: KL divergence, book.txt" in done.err
 
 
+def test_needles_through_the_command(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    row = {"needle": "The code is 7.", "question": "What is the code?", "answer": "7"}
+    (tmp_path / "needles.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    words = ("--needles", tmp_path / "needles.jsonl", "--book", home / "book.txt", "--length", "120", "--json")
+    for targets in ((home / "a",), (home / "a", home / "b")):
+        rows = {row["name"]: row for row in json.loads(ok("eval", *targets, *words).out)["measurements"]}
+        kind = "accuracy" if len(targets) == 1 else "smooth accuracy difference"
+        assert rows[f"{kind}, needles in 120 tokens"]["n"] == 3
+    assert "pass both" in ek("eval", home / "a", "--needles", tmp_path / "needles.jsonl").err
+
+
 def test_a_damaged_cache_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
     key: dict[str, object] = {"kind": "test"}
@@ -101,3 +113,14 @@ def test_a_damaged_cache_counts_as_none(tmp_path: Path, monkeypatch: pytest.Monk
     (path,) = (tmp_path / "eval").iterdir()
     path.write_text("{")
     assert cached(key, lambda: [3]) == [3]
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "file"))
+    words = ("--text", home / "book.txt", "--window", "16", "--windows", "2", "--choices", home / "questions.jsonl")
+    done = ok("eval", home / "a", *words)
+    assert done.err.count("results are not kept") == 1
+    assert "perplexity" in done.out

@@ -25,6 +25,7 @@ from edgekit.cli.main import cli
 from edgekit.report import Report
 from edgekit.runtime.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
     "compress",

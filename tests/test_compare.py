@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgekit.errors import UserError
-from edgekit.profile.compare import compare, judge_pairs, machine_moved
+from edgekit.profile.compare import Pairs, compare, judge_pairs, machine_moved
 from edgekit.profile.pace import COMPUTING, READING
 from edgekit.report import Measurement, Report
 
@@ -175,20 +175,41 @@ def test_the_factors_by_which_the_machine_moved_are_told():
     assert machine_moved(report(FEW), report(MORE)) == ()
 
 
-@pytest.mark.parametrize(("wander", "noise"), [(0.3, 0.01), (0.0, 0.05)])
-def test_pairs_tell_a_tenth_and_do_not_tell_nothing(wander, noise):
-    """The machine wanders by 30% from pair to pair, which both of a pair share."""
+def pairs(name: str, ratios) -> Pairs:
+    return Pairs(name, "tok/s", 100.0, 90.0, tuple(ratios))
+
+
+@pytest.mark.parametrize("tails", ["normal", "bursts", "one-sided"])
+def test_pairs_tell_a_tenth_and_equal_ones_keep_the_level_whatever_the_noise(tails):
+    """Two figures that share their noise, of 8 blocks: at most one comparison in twenty has any verdict."""
     generator = np.random.default_rng(1)
-    equal, slower = [], []
-    for _ in range(100):
-        shared = np.exp(wander * generator.normal(size=8))
-        a, b = (100 * shared * np.exp(noise * generator.normal(size=8) / 3) for _ in range(2))
-        equal.append(judge_pairs("x", "tok/s", tuple(a), tuple(b)).verdict)
-        slower.append(judge_pairs("x", "tok/s", tuple(a), tuple(0.9 * b)).verdict)
-    assert equal.count("cannot tell") >= 95
-    assert slower.count("slower") >= 90
+    equal = slower = 0
+    for _ in range(400):
+        noise = generator.normal(scale=0.03, size=8)
+        if tails == "bursts":
+            noise += np.where(generator.random(8) < 0.1, generator.normal(scale=0.3, size=8), 0)
+        if tails == "one-sided":  # each of a pair is only ever slowed down
+            noise = generator.exponential(0.03, size=8) - generator.exponential(0.03, size=8)
+        other = noise + generator.normal(scale=0.01, size=8)
+        same = judge_pairs([pairs("x", np.exp(noise)), pairs("y", np.exp(other))])
+        slow = judge_pairs([pairs("x", 0.9 * np.exp(noise)), pairs("y", 0.9 * np.exp(other))])
+        equal += all(row.verdict == "cannot tell" for row in same)
+        slower += all(row.verdict == "slower" for row in slow)
+    assert equal >= 380
+    assert slower >= (200 if tails == "bursts" else 380)
+
+
+def test_figures_are_judged_together():
+    """Seven pairs of one sign: 2 / 128 alone, twice that beside another figure; three figures could not be told."""
+    up, mixed = [1.1] * 7, [1.1, 0.9, 1.1, 0.9, 1.1, 0.9, 1.1]
+    alone, both, three = (judge_pairs([pairs(str(i), x) for i, x in enumerate([up, *more])]) for more in
+                          ((), (mixed,), (mixed, mixed)))  # fmt: skip
+    assert [rows[0].p_value for rows in (alone, both, three)] == pytest.approx([2 / 128, 4 / 128, 6 / 128])
+    assert [rows[0].verdict for rows in (alone, both, three)] == ["faster"] * 3
+    assert both[1].verdict == "cannot tell"
+    assert (both[0].a, both[0].b, both[0].ratio) == (100.0, 90.0, pytest.approx(1.1))
 
 
 def test_too_few_pairs_cannot_tell():
-    found = judge_pairs("x", "ms", FEW, MORE)
-    assert (found.verdict, found.note) == ("cannot tell", "5 repetitions are too few, 6 on each side are the least")
+    (found,) = judge_pairs([pairs("x", [1.2] * 6)])
+    assert (found.verdict, found.note) == ("cannot tell", "6 repetitions are too few, 7 on each side are the least")

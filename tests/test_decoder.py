@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from test_reference import AGAINST_TRANSFORMERS, IDS, Arrays, reshaped_layer, rounded, tiny_checkpoint
 
 from edgekit.bundle import MODEL, WEIGHTS, DecoderSpec, LayerCache
@@ -21,9 +23,12 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.export.decoder import build_decoder
 from edgekit.export.fit import layer_caches
-from edgekit.export.graph import PAGE
+from edgekit.export.graph import ALIGNMENT, Graph
 from edgekit.export.parity import divergence
+from edgekit.export.parts import Parts
+from edgekit.model.config import Rope
 from edgekit.model.reference import forward
+from edgekit.model.rope import tables
 from edgekit.quant.grid import Grid
 from edgekit.runtime.engine import Engine
 from edgekit.weight import Floats
@@ -193,8 +198,8 @@ def test_a_tied_table_is_stored_once(tmp_path: Path, grid: Grid | None) -> None:
     found = stored(tmp_path)
     table = 384 * 64 * (4 if grid is None else 0) + 384 * 64 * (grid.bits if grid else 0) // 8
     assert len({place for place in found.values() if place[1] == table}) == 1
-    pages = {offset: -(-length // PAGE) * PAGE for offset, length in found.values()}
-    assert sum(pages.values()) - PAGE < (tmp_path / WEIGHTS).stat().st_size <= sum(pages.values())
+    places = {offset: -(-length // ALIGNMENT) * ALIGNMENT for offset, length in found.values()}
+    assert sum(places.values()) - ALIGNMENT < (tmp_path / WEIGHTS).stat().st_size <= sum(places.values())
     if grid is not None:
         assert found["model.embed_tokens.table"] == found["model.embed_tokens.codes"]
 
@@ -267,3 +272,19 @@ def test_a_weight_without_a_place_is_refused(name: str) -> None:
     values = {**checkpoint.tensors.values, name: np.zeros((64, 64), np.float32)}
     with pytest.raises(ModelError, match="every weight must have a place in the graph"):
         layer_caches(replace(checkpoint, tensors=Arrays(values)))
+
+
+@pytest.mark.parametrize("positions", [256, 257, 300, 1024])
+def test_long_rotary_tables_are_made_when_the_graph_loads(tmp_path: Path, positions: int) -> None:
+    rope = Rope(theta=1e4, kind="yarn", factor=4.0, original_context=64)
+    with Graph(tmp_path) as graph:
+        parts = Parts(tiny_checkpoint(), graph, integer_bits=())
+        parts.config = replace(parts.config, rope=rope)
+        parts.rotary_tables(positions)
+        names = [graph.node("Identity", [f"rotary.{name}"], name) for name in ("cos", "sin")]
+        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+        graph.save([], outputs, title="rotary")
+    expected = tables(rope, parts.config.head_dim, positions)
+    for found, table in zip(ort.InferenceSession(str(tmp_path / MODEL)).run(None, {}), expected, strict=True):
+        np.testing.assert_allclose(found, table, rtol=0, atol=rope.attention_factor * 2**-22)
+    assert (tmp_path / WEIGHTS).stat().st_size <= 4 * 256 * parts.config.head_dim

@@ -111,6 +111,19 @@ def test_perplexity_is_that_of_a_slow_loop(tiny: Scorer, window: int, most: int 
     assert found.value == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
 
 
+@pytest.mark.parametrize(("window", "stride", "most"), [(16, 4, None), (15, 14, None), (33, 7, 3), (16, 1, 5)])
+def test_perplexity_with_a_stride_scores_each_token_once(window: int, stride: int, most: int | None) -> None:
+    scorer = scorer_of(random_table())
+    ids = scorer.tokenizer.encode(TEXT).ids
+    begins = list(range(0, len(ids) - window + 1, stride))[:most]
+    end = begins[-1] + window
+    losses = [-log_p(scorer.model.logits[ids[at - 1]], ids[at]) for at in range(1, end)]
+    found = perplexity(scorer, TEXT, window=window, stride=stride, max_windows=most)
+    assert (found.tokens, found.windows) == (end - 1, len(begins))
+    assert found.value == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
+    assert [tokens for tokens, _ in scorer.model.asked] == [ids[at : at + window - 1] for at in begins]
+
+
 @pytest.mark.parametrize(("window", "scored"), [(8, 3), (7, 3), (4, 1)])
 def test_each_window_is_read_from_an_empty_cache_and_its_second_half_is_scored(window: int, scored: int) -> None:
     scorer = scorer_of(random_table())
@@ -177,6 +190,8 @@ def test_the_spread_is_that_of_the_windows_means() -> None:
         ({"window": 65}, "from 4 to the context of 64 tokens: got 65"),
         ({"window": 8, "max_windows": 0}, "--windows must be at least 1: got 0"),
         ({"window": 8, "max_windows": -2}, "--windows must be at least 1: got -2"),
+        ({"window": 8, "stride": 0}, "--stride must be from 1 to below the window of 8: got 0"),
+        ({"window": 8, "stride": 8}, "--stride must be from 1 to below the window of 8: got 8"),
     ],
 )
 def test_windows_that_cannot_be(options: dict[str, int], message: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from test_decoder import stored
 from test_reference import rounded, tiny_checkpoint
@@ -15,8 +16,9 @@ from test_reference import rounded, tiny_checkpoint
 from edgekit.bundle import MODEL, WEIGHTS, Bundle, LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import BudgetError, ModelError, UserError
-from edgekit.export import decoder
+from edgekit.export import decoder, parity
 from edgekit.export.export import export
+from edgekit.export.parity import Bounds
 from edgekit.export.targets import TARGETS, find_target
 from edgekit.manifest import FileRecord, Manifest, StepRecord
 from edgekit.quant.grid import Grid
@@ -108,6 +110,30 @@ def test_every_target_passes_its_parity_check(tmp_path: Path, name: str, grid: G
     manifest = export(checkpoint, tmp_path / "bundle", target=find_target(name))
     kl = value_of(manifest, "parity: mean KL to the NumPy forward")
     assert (kl > 1e-8) is (grid is not None and grid.bits in find_target(name).integer_bits)
+
+
+def test_layers_that_8_bit_activations_harm_fall_back_and_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = rounded(tiny_checkpoint(), Grid(8, 32, "symmetric"))
+    kl = value_of(export(checkpoint, tmp_path / "free", target=PORTABLE), "parity: mean KL to the NumPy forward")
+    monkeypatch.setitem(parity.BOUNDS, "int8", Bounds(kl=0.9 * kl, agreement=0.9))
+    manifest = export(checkpoint, tmp_path / "bundle", target=PORTABLE)
+    assert value_of(manifest, "parity: mean KL to the NumPy forward") <= 0.9 * kl
+    (row,) = (row for row in manifest.measurements if row.name == "layers with float32 activations")
+    assert row.value is not None
+    assert 1 <= row.value <= checkpoint.decoder.layers + 1
+    levels: dict[int, list[str]] = {}
+    for node in onnx.load(tmp_path / "bundle" / MODEL, load_external_data=False).graph.node:
+        if node.op_type == "MatMulNBits":
+            (level,) = (entry.i for entry in node.attribute if entry.name == "accuracy_level")
+            levels.setdefault(level, []).append(node.name)
+    for name in levels[0]:
+        where = "the head" if name.startswith("lm_head") else f"layer {name.split('.')[2]}"
+        assert where in row.note
+    monkeypatch.setitem(parity.BOUNDS, "int8", Bounds(kl=-1.0, agreement=0.9))
+    with pytest.raises(ModelError, match="must agree with the checkpoint"):
+        export(checkpoint, tmp_path / "never", target=PORTABLE)
 
 
 @pytest.mark.parametrize("context", [1, 2, 15, 16, 17, 255, 256])

@@ -10,17 +10,23 @@ from edgekit.errors import ModelError, UserError
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
-GRIDS = [(bits, block, offset) for bits in (2, 3, 4, 8) for block in (32, 64) for offset in ("zero", "minimum", "none")]
+GRIDS = [
+    (bits, block, offset, scales)
+    for bits in (2, 3, 4, 8)
+    for block in (32, 64)
+    for offset in ("zero", "minimum", "none")
+    for scales in ("float16", "int8")
+]
 
 
-def trained(bits, block, offset, columns=80):
+def trained(bits, block, offset, scales="float16", columns=80):
     """A matrix after a few steps of training on its grid."""
     from edgekit.heal.fake_quant import FakeQuant, Levels
 
     torch.manual_seed(0)
     W = torch.nn.Parameter(torch.randn(6, columns) * 0.05)
     target = torch.randn(6, columns) * 0.05
-    quantiser = FakeQuant.fit(W, Levels(bits, block, offset))
+    quantiser = FakeQuant.fit(W, Levels(bits, block, offset, scales))
     optimizer = torch.optim.AdamW([W, *quantiser.parameters()], lr=3e-3)
     losses = []
     for _ in range(40):
@@ -32,9 +38,9 @@ def trained(bits, block, offset, columns=80):
     return W, quantiser, losses
 
 
-@pytest.mark.parametrize(("bits", "block", "offset"), GRIDS)
-def test_the_exported_integers_are_exactly_those_trained(bits, block, offset):
-    W, quantiser, losses = trained(bits, block, offset)
+@pytest.mark.parametrize(("bits", "block", "offset", "scales"), GRIDS)
+def test_the_exported_integers_are_exactly_those_trained(bits, block, offset, scales):
+    W, quantiser, losses = trained(bits, block, offset, scales)
     assert losses[-1] < losses[0]
     weight = quantiser.to_weight(W)
     np.testing.assert_array_equal(weight.dense(), quantiser(W).detach().numpy())
@@ -42,11 +48,11 @@ def test_the_exported_integers_are_exactly_those_trained(bits, block, offset):
     assert weight.block == block
 
 
-@pytest.mark.parametrize(("bits", "block", "offset"), GRIDS)
-def test_a_stored_matrix_is_taken_up_without_change(bits, block, offset):
+@pytest.mark.parametrize(("bits", "block", "offset", "scales"), GRIDS)
+def test_a_stored_matrix_is_taken_up_without_change(bits, block, offset, scales):
     from edgekit.heal.fake_quant import FakeQuant
 
-    W, quantiser, _ = trained(bits, block, offset)
+    W, quantiser, _ = trained(bits, block, offset, scales)
     stored = quantiser.to_weight(W)
     again = FakeQuant.of(stored)
     np.testing.assert_array_equal(again(torch.from_numpy(stored.dense())).detach().numpy(), stored.dense())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgekit.bundle import MODEL, WEIGHTS
-from edgekit.export.graph import INLINE_BYTES, PAGE, Graph
+from edgekit.export.graph import ALIGNMENT, INLINE_BYTES, Graph
 
 LARGE = np.arange(3 * 1000, dtype=np.float32).reshape(3, 1000)
 
@@ -52,13 +52,14 @@ def run(folder: Path) -> NDArray[np.float32]:
     return result
 
 
-def test_constants_start_at_pages_and_are_read_back(tmp_path: Path) -> None:
+def test_constants_are_aligned_and_read_back(tmp_path: Path) -> None:
     row = np.linspace(0, 1, 1000, dtype=np.float32)
     build(tmp_path, {"a": LARGE, "b": row, "c": LARGE * 2})
     found = places(tmp_path)
-    assert [offset for offset, _ in found.values()] == [0, 3 * PAGE, 4 * PAGE]
+    assert all(offset % ALIGNMENT == 0 for offset, _ in found.values())
+    assert [offset for offset, _ in found.values()] == [0, 12032, 16064]
     assert [length for _, length in found.values()] == [12000, 4000, 12000]
-    assert (tmp_path / WEIGHTS).stat().st_size == 4 * PAGE + 12000
+    assert (tmp_path / WEIGHTS).stat().st_size == 16064 + 12000
     assert np.array_equal(run(tmp_path), LARGE + row + LARGE * 2)
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from edgekit.export.export import export
 from edgekit.export.targets import TARGETS
 from edgekit.profile import latency
-from edgekit.profile.latency import at_depth, cold_load, fill, first_token, generate, load, repeat, text_of_length
+from edgekit.profile.latency import at_depth, cold_load, fill, first_token, generate, load, repeat, text_of_length, wake
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.session import Session
 
@@ -47,6 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, list[int]
         return forward(engine, ids, keep=keep)
 
     monkeypatch.setattr(Engine, "forward", watched)
+    monkeypatch.setattr(latency, "WAKE_S", 0)  # one token all the same
     return asked
 
 
@@ -54,7 +55,8 @@ def test_prompt_generation_and_first_token_each_begin_with_an_empty_cache(
     session: Session, calls: list[tuple[int, list[int]]]
 ) -> None:
     done = repeat(session, 12, 9, seed=1)
-    prompt, *generated, text = calls
+    woken, prompt, *generated, text = calls
+    assert woken == (0, [0])
     assert (prompt[0], len(prompt[1])) == (0, 12)
     assert [(before, len(ids)) for before, ids in generated] == [(count, 1) for count in range(9)]
     assert text[0] == 0
@@ -70,7 +72,7 @@ def test_each_seed_reads_another_prompt_and_the_same_one_again(
 ) -> None:
     for seed in (1, 2, 1):
         repeat(session, 12, 1, seed=seed)
-    first, second, again = calls[::3]
+    first, second, again = calls[1::4]
     assert first == again
     assert first != second
 
@@ -153,3 +155,14 @@ def test_a_text_can_be_had_of_tokens_without_one() -> None:
     tokenizer: Tokenizer = tiny_tokenizer(384)
     assert tokenizer.decode([383], skip_special_tokens=False) in ("", tokenizer.id_to_token(383))
     assert text_of_length(tokenizer, [10**6])
+
+
+def test_the_engine_is_woken_for_as_long_as_it_takes_and_no_context_is_too_small(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.engine.rewind(0)
+    clock = iter(range(1000))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(latency, "WAKE_S", 1.5 * session.engine.context)
+    wake(session.engine)
+    assert 0 < len(session.engine.tokens) <= session.engine.context

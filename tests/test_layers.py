@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,11 +56,14 @@ LAYERS = {
     "model": Layer("model", "core weight config checkpoint", "numpy gguf tokenizers huggingface_hub"),
     "step": Layer("step recipe", "core weight config checkpoint", "numpy"),
     "quant": Layer("quant", "core weight config checkpoint model step sensitivity", "numpy"),
-    "compress": Layer("compress journal", "core weight config checkpoint step calibrate", "psutil safetensors torch"),
+    "compress": Layer(
+        "compress journal", "core weight config checkpoint step calibrate passes", "psutil safetensors torch"
+    ),
     # compress: what needs activations; the layers above import it late
     "calibration": Layer(
         "model.torch_view model.calibration", "core weight config checkpoint model step", "numpy torch tokenizers"
     ),
+    "passes": Layer("passes", "core weight config checkpoint model step heal", ""),
     "calibrate": Layer("calibrate", "core weight config checkpoint model step calibration", "numpy psutil safetensors"),
     "sensitivity": Layer(
         "quant.sensitivity",
@@ -69,12 +73,17 @@ LAYERS = {
     "structure": Layer(
         "prune merge",
         "core weight config checkpoint model step calibration calibrate sensitivity quant",
-        "numpy scipy",
+        "numpy scipy psutil matplotlib",
     ),
     "tn": Layer(
         "tn",
         "core weight config checkpoint model step calibration calibrate sensitivity quant",
         "numpy tensorly psutil matplotlib",
+    ),
+    "search": Layer(
+        "compose search",
+        "core weight config checkpoint model step calibration calibrate sensitivity quant structure tn compress",
+        "numpy psutil optuna torch",
     ),
     "card": Layer("card", "core", "huggingface_hub"),
     "export": Layer(
@@ -96,7 +105,7 @@ LAYERS = {
     "cli": Layer(
         "cli",
         "core bundle weight kernels profile runtime config checkpoint model step compress export evaluate heal"
-        " tn card deploy account reproduce assistant",
+        " tn structure search card deploy account reproduce assistant",
         "click rich starlette uvicorn",
     ),
 }
@@ -286,3 +295,11 @@ print(*(name for name in sys.modules if name.startswith("edgekit.")))
     packages, ours = run_without(HEAVY, code).splitlines()
     assert set(packages.split()) == {"edgekit", "click"}
     assert {layer_of(name.removeprefix("edgekit.")) for name in ours.split()} == {"core", "cli"}
+
+
+def test_onnxruntime_keeps_no_record_of_what_runs(tmp_path: Path) -> None:
+    code = "import edgekit.runtime.engine, onnxruntime as ort; ort.get_available_providers()"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []

@@ -275,3 +275,21 @@ def test_the_command_line_asks_for_text_and_a_planning_recipe(tmp_path: Path) ->
     refused = ek("compress", folder, "-o", tmp_path / "small", "--target-size", "1MB")
     assert refused.status == 2
     assert "--calibration" in refused.err or "pip install" in refused.err
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_a_few_rows_tell_what_all_of_them_cost(looked_up: bool) -> None:
+    pytest.importorskip("torch")
+    from edgekit.quant.sensitivity import Curvature
+
+    random = np.random.default_rng(0)
+    X = random.standard_normal((300, 32))
+    outputs = np.exp(2 * random.standard_normal(4000))  # a few rows matter most, as tokens do
+    table = np.square(random.standard_normal((4000, 32))).astype(np.float32) * (random.random((4000, 1)) < 0.05)
+    curvature = Curvature(X.T @ X / 300, outputs, table.astype(np.float32) if looked_up else None)
+    error = random.standard_normal((4000, 32)).astype(np.float32) * random.uniform(0.5, 1, (4000, 1)).astype(np.float32)
+    sample = curvature.sample(128)
+    assert sample is not None
+    assert len(sample.rows) <= 128
+    assert curvature.loss(error[sample.rows], sample) == pytest.approx(curvature.loss(error), rel=0.15)
+    assert curvature.sample(4000) is None

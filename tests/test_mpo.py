@@ -11,12 +11,15 @@ from edgekit.errors import UserError
 from edgekit.tn.mpo import (
     bonds_for_error,
     bonds_for_share,
+    centered,
+    cores_of,
     count_numbers,
     decomposed,
     full_bonds,
     refined,
     schmidt_values,
     site_shapes,
+    stored,
 )
 from edgekit.tn.whitening import relative_error
 
@@ -90,6 +93,43 @@ def test_refining_lowers_the_error_of_the_outputs(shape: tuple[int, int], count:
     errors = [relative_error(W, step.dense(), gram)[0] for step in steps]
     assert errors[1] < 0.9 * errors[0]
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_canonical_form_is_the_same_matrix(at: int) -> None:
+    W, sites = matrix((24, 30)), ((2, 5), (3, 3), (4, 2))
+    weight = decomposed(W, sites, (6, 5), where="w")
+    cores = centered(cores_of(weight), at)
+    again = stored([core.reshape(len(core), -1, core.shape[-1]) for core in cores], sites)
+    np.testing.assert_allclose(again.dense(), weight.dense(), atol=1e-6)
+    assert np.linalg.norm(cores[at]) == pytest.approx(np.linalg.norm(weight.dense()), rel=1e-6)
+    for k, core in enumerate(cores):
+        flat = core.reshape(-1, core.shape[-1]) if k < at else core.reshape(len(core), -1).T
+        assert k == at or np.allclose(flat.T @ flat, np.eye(flat.shape[1]), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_large_cores_come_as_near_by_conjugate_gradients(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = site_shapes(shape, 2)
+    assert sites is not None
+    W, gram = matrix(shape), metric(shape[1])
+    start = decomposed(W, sites, (4,), where="w")
+    solved = relative_error(W, refined(start, W, gram).dense(), gram)[0]
+    monkeypatch.setattr("edgekit.tn.mpo.DIRECT", 0)
+    errors = [relative_error(W, start.dense(), gram)[0]]
+    for steps in (1, 2, 8, 200):
+        monkeypatch.setattr("edgekit.tn.mpo.STEPS", steps)
+        errors.append(relative_error(W, refined(start, W, gram).dense(), gram)[0])
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[4] == pytest.approx(solved, rel=1e-3)
+
+
+def test_a_metric_of_nothing_is_survived() -> None:
+    W = matrix((12, 20))
+    start = decomposed(W, ((3, 5), (4, 4)), (4,), where="w")
+    np.testing.assert_allclose(refined(start, W, np.zeros((20, 20))).dense(), start.dense(), atol=1e-6)
 
 
 def test_refining_finds_what_low_rank_in_the_metric_finds() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edgekit.errors import UserError
-from edgekit.evaluate.needles import ANSWER, Needle, load_needles, search
+from edgekit.evaluate.needles import ANSWER, DEPTHS, Needle, find_needles, load_needles, search
+from edgekit.evaluate.scorer import Scorer
 
 BOOK = "\n\n".join(f"Paragraph {n} says that nothing happened on day {n}." for n in range(2000))
 FACT = Needle("The code of the tower is 4711.", "What is the code of the tower?", "4711")
@@ -70,6 +71,41 @@ def test_a_needle_stands_at_its_depth_between_paragraphs(depth: float) -> None:
     assert abs(at / 4096 - depth) < 0.03
     assert text[at - 2 : at] == "\n\n"
     assert "Answer:" in text[-60:]
+
+
+class Reader:
+    """A model that answers with the code that stands in the book, when it may look far enough back."""
+
+    def __init__(self, reach: int) -> None:
+        self.context, self.reach, self.tokens = 4096, reach, []
+        self.read = 0
+
+    def rewind(self, length: int) -> None:
+        del self.tokens[length:]
+
+    def forward(self, ids: list[int], *, keep: int = 1) -> np.ndarray[Any, Any]:
+        self.tokens.extend(ids)
+        self.read += len(ids)
+        text = "".join(map(chr, self.tokens))
+        question, said = text.rfind("Answer:") + 7, " 4711."
+        known = "4711" in text[max(0, question - self.reach) : question]
+        logits = np.full((1, 300), -9, np.float32)
+        logits[0, ord(said[min(len(text) - question, 5)] if known else "x")] = 9
+        return logits
+
+
+def test_needles_are_found_as_far_as_a_model_looks_back() -> None:
+    model = Reader(reach=1500)
+    scorer = Scorer("reader", model, Letters(), eos_ids=(ord("."),))  # type: ignore[arg-type]
+    found = find_needles(scorer, BOOK, [FACT] * 5, context=2048)
+    assert DEPTHS == (0.1, 0.5, 0.9, 0.3, 0.7)
+    assert [answer.right for answer in found] == [False, True, True, True, True]
+    assert found[1].sums[0] > -0.1 > found[0].sums[0]
+    assert model.read < 5 * 2048, "what two have in common is read once"
+    with pytest.raises(UserError, match="--length must be at most the context of 4096"):
+        find_needles(scorer, BOOK, [FACT], context=4097)
+    with pytest.raises(UserError, match="must fit in 80 tokens"):
+        find_needles(scorer, BOOK, [FACT], context=80)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"needle": "a", "question": "b"}'])

@@ -133,7 +133,7 @@ def test_the_command(tmp_path: Path) -> None:
     words = ("compress", source, "-o", tmp_path / "b", "-r", "int8", "--calibration", tmp_path / "data.npz", "--json")
     assert json.loads(ok(*words).out)["steps"][0]["facts"] == {"samples": 16.0}
     assert ek("compress", source, "-o", tmp_path / "a", "-r", "int8").status == 2  # it exists
-    assert "takes the recipe int8 only" in ek("compress", source, "-o", tmp_path / "c").err
+    assert "takes the recipes int8 and tucker only" in ek("compress", source, "-o", tmp_path / "c").err
     assert ek("compress", source, "-r", "int8").status == 2
 
 

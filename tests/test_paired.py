@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,20 +11,84 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import UserError
-from edgekit.evaluate.paired import compare_answers, mcnemar, mean_interval
+from edgekit.evaluate.against import compare_task
+from edgekit.evaluate.choices import Answer, Item
+from edgekit.evaluate.paired import compare_answers, mcnemar, mean_interval, smooth_changes, t_test
+
+ITEM = Item("q", ("a", "b", "c", "d"), 0)
 
 
-def slow_mid_p(lost: int, gained: int) -> float:
-    """Every outcome of `lost + gained` coins that is less likely than the observed, and half of those as likely."""
-    total, seen = lost + gained, math.comb(lost + gained, lost)
+def slow_p(lost: int, gained: int) -> float:
+    """Every outcome of `lost + gained` coins that is at most as likely as the observed."""
+    total = lost + gained
     ways = [math.comb(total, k) for k in range(total + 1)]
-    return sum(way if way < seen else way / 2 for way in ways if way <= seen) / 2**total
+    return sum(way for way in ways if way <= ways[lost]) / 2**total
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_mcnemar_counts_outcomes(lost: int, gained: int) -> None:
-    assert mcnemar(lost, gained) == pytest.approx(slow_mid_p(lost, gained) if lost != gained else 1.0)
+    assert mcnemar(lost, gained) == pytest.approx(slow_p(lost, gained))
     assert mcnemar(lost, gained) == mcnemar(gained, lost)
+
+
+@pytest.mark.parametrize("flips", [1, 5, 6, 9, 17, 40, 100, 333])
+def test_mcnemar_gives_false_alarms_once_in_twenty_at_most(flips: int) -> None:
+    """Not simulated: the chance of each outcome of so many coins."""
+    alarms = [math.comb(flips, lost) for lost in range(flips + 1) if mcnemar(lost, flips - lost) < 0.05]
+    assert sum(alarms) / 2**flips <= 0.05
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 13, 200, 201])
+def test_t_test_is_scipy_s(n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(n)
+    for shift in (0.0, 0.1, 1.0):
+        values = rng.standard_normal(n) + shift
+        assert t_test(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-9, abs=1e-13)
+
+
+def test_t_test_at_its_ends() -> None:
+    assert t_test([0.0] * 5) == 1
+    assert t_test([3.0]) == 1
+    assert t_test([2.0] * 5) == 0
+    assert t_test([1.0, -1.0]) == pytest.approx(1)
+
+
+def slow_changes(a: Any, b: Any, right: Any) -> list[float]:
+    """One item after the other, as the module's formula stands."""
+
+    def margin(sums: Any, at: int) -> float:
+        return sums[at] - max(value for index, value in enumerate(sums) if index != at)
+
+    moved = [margin(y, at) - margin(x, at) for x, y, at in zip(a, b, right, strict=True) if len(x) > 1]
+    scale = float(np.std(moved))
+
+    def count(sums: Any, at: int) -> float:
+        if len(sums) == 1:
+            return math.exp(sums[0])
+        weights = [math.exp((value - max(sums)) / scale) for value in sums]
+        return weights[at] / sum(weights)
+
+    return [100 * (count(y, at) - count(x, at)) for x, y, at in zip(a, b, right, strict=True)]
+
+
+def test_smooth_changes_are_those_of_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [1, 2, 3, 4, 5, 2, 1, 4]
+    a, b = ([(-9 * rng.random(size)).tolist() for size in sizes] for _ in "ab")
+    right = [int(rng.integers(size)) for size in sizes]
+    assert smooth_changes(a, b, right) == pytest.approx(slow_changes(a, b, right))
+    assert smooth_changes(b, a, right) == pytest.approx(-smooth_changes(a, b, right))
+
+
+@pytest.mark.filterwarnings("error")
+def test_smooth_changes_at_their_ends() -> None:
+    same = [[-1.0, -2.0], [-3.0], [-1.0, -1.0, -4.0]]
+    assert smooth_changes(same, same, [0, 0, 2]).tolist() == [0, 0, 0]
+    assert smooth_changes([[-1.0]], [[-2.0]], [0]) == pytest.approx([100 * (math.exp(-2) - math.exp(-1))])
+    hard = smooth_changes([[0.0, -1e9]] * 3 + [[-1.0, -2.0]], [[0.0, -1e9]] * 3 + [[-2.0, -1.0]], [0] * 4)
+    assert hard[:3].tolist() == [0, 0, 0]
+    assert -100 <= hard[3] < 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
@@ -52,26 +117,27 @@ def test_sets_that_are_no_pairs_are_refused(a: list[bool], b: list[bool]) -> Non
         compare_answers(a, b)
 
 
-@pytest.mark.parametrize("changing", [0.02, 0.05, 0.1])
-def test_equal_models_are_told_apart_once_in_twenty(changing: float) -> None:
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(400):
-        sides = rng.random(2000) < changing
-        lost = int(rng.binomial(int(sides.sum()), 0.5))
-        found.append(mcnemar(lost, int(sides.sum()) - lost) < 0.05)
-    assert np.mean(found) <= 0.075  # 0.05 and three standard errors of 400 trials
+def answers_of(sums: Any) -> list[Answer]:
+    return [Answer(int(row.argmax()), int(row.argmax()), 0, tuple(row)) for row in sums]
 
 
-def test_a_planted_drop_of_two_points_is_found() -> None:
+@pytest.mark.parametrize("plant", [False, True])
+def test_a_planted_drop_of_two_points_is_found_and_none_where_there_is_none(plant: bool) -> None:
+    """2,000 questions, a tenth of the answers flip by chance: the test of accuracy alone finds 7 of 10."""
     rng = np.random.default_rng(1)
-    found = []
-    for _ in range(300):
-        a = rng.random(2000) < 0.6
-        flips = rng.random(2000) < 0.03  # noise both ways, then the drop
-        b = np.where(flips, rng.random(2000) < 0.6, a) & ~(rng.random(2000) < 0.02 / 0.6)
-        found.append(compare_answers(a.tolist(), b.tolist()).significant)
-    assert np.mean(found) >= 0.8
+    n, found, flips = 2000, [], []
+    for _ in range(40):
+        latent = rng.standard_normal((n, 4)) * 2
+        latent[:, 0] += 2
+        a, b = (latent + 0.45 * rng.standard_normal((n, 4)) for _ in "ab")
+        flips.append(np.mean((a.argmax(1) == 0) != (b.argmax(1) == 0)))
+        if plant:
+            lost = rng.choice(np.flatnonzero(b.argmax(1) == 0), n // 50, replace=False)
+            wrong = 1 + b[lost, 1:].argmax(1)
+            b[lost, 0], b[lost, wrong] = b[lost, wrong], b[lost, 0]
+        found.append(compare_task("t", [ITEM] * n, answers_of(a), answers_of(b)).changed)
+    assert 0.09 < np.mean(flips) < 0.12
+    assert np.mean(found) >= 0.9 if plant else np.mean(found) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
 
 
 @pytest.mark.parametrize(("free", "quantile"), [(1, 12.706), (2, 4.3027), (3, 3.1824), (9, 2.2622), (100, 1.9840)])

@@ -101,6 +101,23 @@ def test_damaged_constants_are_noticed(tmp_path: Path, constant: str) -> None:
         check_parity(tiny_checkpoint(), engine, TWO, bounds=BOUNDS["float32"])
 
 
+def test_a_sensitive_model_is_held_to_what_its_roundings_do(tmp_path: Path) -> None:
+    """Bounds that nothing keeps widen to what 15-bit inputs and a float16 cache do to the NumPy forward; no further."""
+    engine = engine_of(tiny_checkpoint(), tmp_path)
+    strict = Bounds(kl=0.0, agreement=1.0, rounds=True)
+    kl, _, _, own = check_parity(tiny_checkpoint(), engine, TWO, bounds=strict)
+    assert kl.value is not None
+    assert own.value is not None
+    assert kl.value < own.value < 1e-5
+    with pytest.raises(ModelError, match=r"bound 0\b"):
+        check_parity(tiny_checkpoint(), engine, TWO, bounds=Bounds(kl=0.0, agreement=1.0))
+    values = tiny_checkpoint().vector("model.layers.0.mlp.up_proj.weight").copy()
+    values[3, 5] += 1
+    other = tiny_checkpoint(tensors={"model.layers.0.mlp.up_proj.weight": values})
+    with pytest.raises(ModelError, match="must agree"):
+        check_parity(other, engine, TWO, bounds=strict)
+
+
 def test_one_wrong_weight_is_noticed(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint()
     values = checkpoint.vector("model.layers.0.mlp.up_proj.weight").copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_reference import tiny_checkpoint
 from edgekit.errors import BudgetError, UserError
 from edgekit.export.export import export
 from edgekit.export.targets import TARGETS
+from edgekit.profile import latency
 from edgekit.profile import run as module
 from edgekit.profile.compare import compare
 from edgekit.profile.options import Options
@@ -33,6 +35,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "tiny"
     export(tiny_checkpoint(), path, target=TARGETS["portable"])
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def awake() -> Iterator[None]:
+    """A tiny model need not be warm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "WAKE_S", 0)
+        yield
 
 
 @pytest.fixture(scope="module")

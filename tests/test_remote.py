@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import getpass
 import io
 import json
@@ -12,9 +14,11 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import ok
@@ -90,11 +94,29 @@ def test_a_profile_there(fake: Fake, bundle: Path) -> None:
     assert heard[0] == "connecting"
     assert any(stage.startswith("copying ") for stage in heard)
     assert any(stage.startswith("measuring 1 of ") for stage in heard)
-    assert not list((fake.cache / "bundles").iterdir())
-    packages = [path.name for path in fake.cache.iterdir() if path.name.startswith("edgekit-")]
-    again = only(remote.profile_on(["ssh://pi@there"], bundle, QUICK))
-    assert again.report is not None
-    assert [path.name for path in fake.cache.iterdir() if path.name.startswith("edgekit-")] == packages
+    assert not list(fake.home.iterdir()), "nothing is left behind"
+
+
+def test_what_stays_for_the_next_time(fake: Fake, bundle: Path) -> None:
+    heard: list[str] = []
+    for _ in range(2):
+        done = only(
+            remote.profile_on(["ssh://pi@there"], bundle, QUICK, stay=True, tell=lambda _, it: heard.append(it))
+        )
+        assert done.report is not None
+    assert [path.name.split("-")[0] for path in fake.cache.iterdir()] == ["edgekit"]
+    assert heard.count("copying edgekit") == 1
+
+
+def test_tidying_up_leaves_the_bundle_of_another_run(fake: Fake, bundle: Path) -> None:
+    other = fake.cache / "bundles/0123456789abcdef"
+    other.mkdir(parents=True)
+    (fake.home / ".cache/other").touch()
+    assert only(remote.profile_on(["ssh://pi@there"], bundle, QUICK)).report is not None
+    assert [path.name for path in (fake.cache / "bundles").iterdir()] == [other.name]
+    other.rmdir()
+    assert only(remote.profile_on(["ssh://pi@there"], bundle, QUICK)).report is not None
+    assert [path.name for path in (fake.home / ".cache").iterdir()] == ["other"]
 
 
 def test_the_package_is_all_that_a_device_needs(tmp_path: Path) -> None:
@@ -181,6 +203,7 @@ def test_a_host_without_python(fake: Fake, bundle: Path) -> None:
     error = only(remote.profile_on(["ssh://there"], bundle, QUICK)).error
     assert isinstance(error, DeviceError)
     assert "must have Python 3.11 or newer" in str(error)
+    assert not list(fake.home.iterdir())
 
 
 def test_a_full_disk(fake: Fake, bundle: Path) -> None:
@@ -188,6 +211,14 @@ def test_a_full_disk(fake: Fake, bundle: Path) -> None:
     error = only(remote.profile_on(["ssh://there"], bundle, QUICK)).error
     assert isinstance(error, BudgetError)
     assert "must have room for the bundle" in str(error)
+
+
+def test_a_disk_that_fills_up_while_copying(fake: Fake, bundle: Path) -> None:
+    fake.command("cat", "echo 'cat: write error: No space left on device' >&2; exit 1")
+    error = only(remote.profile_on(["ssh://there"], bundle, QUICK)).error
+    assert isinstance(error, DeviceError)
+    assert "No space left on device" in str(error)
+    assert not list(fake.home.iterdir())
 
 
 def test_nonsense_for_an_answer(fake: Fake, bundle: Path) -> None:
@@ -216,7 +247,7 @@ def test_an_error_of_the_profile_keeps_its_kind(fake: Fake, bundle: Path) -> Non
     error = only(remote.profile_on(["ssh://there"], bundle, Options(prompt_tokens=10**6))).error
     assert isinstance(error, UserError)
     assert "--prompt and --generate" in str(error)
-    assert not list((fake.cache / "bundles").iterdir())
+    assert not list(fake.home.iterdir())
 
 
 def test_a_worker_that_dies(fake: Fake, bundle: Path) -> None:
@@ -276,68 +307,212 @@ def test_the_command_with_two_hosts(fake: Fake, bundle: Path, tmp_path: Path) ->
     assert set(json.loads(ok(*words, "--json").out)) == {"ssh://one", "ssh://two"}
 
 
+class Sshd:
+    """A real sshd on the loopback that lets a user in with a key of its own: by root another user, else this one."""
+
+    def __init__(self, folder: Path, server: str) -> None:
+        self.folder, self.server = folder, server
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.home = Path(tempfile.mkdtemp(prefix="edgekit-home-"))
+        self.user = getpass.getuser()
+        if os.getuid() == 0 and shutil.which("useradd"):
+            self.user = f"edgekit-{os.getpid()}"
+            words = [
+                "useradd",
+                "--home-dir",
+                str(self.home),
+                "--no-create-home",
+                "--shell",
+                "/bin/sh",
+                "--password",
+                "*",
+            ]
+            subprocess.run([*words, self.user], check=True, capture_output=True)
+            shutil.chown(self.home, self.user)
+        for name in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        (self.home.parent / f"{self.home.name}.pub").write_bytes((folder / "user.pub").read_bytes())
+        self.trust("host")
+        (folder / "config").write_text(f"IdentityFile {folder}/user\nUserKnownHostsFile {folder}/known\n")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"ssh://{self.user}@127.0.0.1:{self.port}"
+
+    def trust(self, name: str) -> None:
+        key = (self.folder / f"{name}.pub").read_text()
+        (self.folder / "known").write_text(f"[127.0.0.1]:{self.port} {key}")
+
+    def start(self, **environment: str) -> None:
+        self.stop()
+        settings = {
+            "Port": self.port, "ListenAddress": "127.0.0.1", "HostKey": self.folder / "host", "UsePAM": "no",
+            "PidFile": "none", "AuthorizedKeysFile": self.home.parent / f"{self.home.name}.pub", "StrictModes": "no",
+            "PermitRootLogin": "yes",
+            "SetEnv": " ".join(f"{key}={value}" for key, value in {"HOME": self.home, **environment}.items()),
+        }  # fmt: skip
+        text = "".join(f"{key} {value}\n" for key, value in settings.items())
+        (self.folder / "sshd_config").write_text(text)
+        self.process = subprocess.Popen([self.server, "-D", "-f", self.folder / "sshd_config"])
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+    def cut(self) -> None:
+        """Kill the processes that serve this user's connections."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().split(b"\0")[0]
+                if words.startswith(b"sshd: " + self.user.encode()) and b"[priv]" not in words:
+                    os.kill(int(folder.name), signal.SIGKILL)
+
+    def left(self) -> list[str]:
+        return [str(path.relative_to(self.home)) for path in self.home.rglob("*")]
+
+    def running(self) -> list[str]:
+        """What runs there with our worker in its command."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if "edgekit.profile.worker" in words and str(self.home) in os.readlink(folder / "cwd"):
+                    found.append(words)
+        return found
+
+    def end(self) -> None:
+        self.stop()
+        if self.user != getpass.getuser():
+            subprocess.run(["userdel", self.user], check=False, capture_output=True)
+        shutil.rmtree(self.home)
+        (self.home.parent / f"{self.home.name}.pub").unlink()
+
+
 @pytest.fixture
-def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real sshd on the loopback that lets this user in with a key of its own."""
+def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     server = shutil.which("sshd", path="/usr/sbin:/usr/bin")
     if not server or not shutil.which("ssh-keygen"):
         pytest.skip("no OpenSSH server is installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    tmp_path.chmod(0o700)
-    (tmp_path / "user.pub").rename(tmp_path / "authorized")
-    settings = {
-        "Port": port, "ListenAddress": "127.0.0.1", "HostKey": tmp_path / "host", "PidFile": tmp_path / "pid",
-        "AuthorizedKeysFile": tmp_path / "authorized", "StrictModes": "no", "UsePAM": "no", "PermitRootLogin": "yes",
-        "SetEnv": f"HOME={tmp_path}/home",
-    }  # fmt: skip
-    (tmp_path / "home").mkdir()
-    (tmp_path / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
-    key = (tmp_path / "host.pub").read_text()
-    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {key}")
-    (tmp_path / "config").write_text(f"IdentityFile {tmp_path}/user\nUserKnownHostsFile {tmp_path}/known\n")
-    monkeypatch.setenv("EDGEKIT_SSH", f"ssh -F {tmp_path}/config")
     Path("/run/sshd").mkdir(exist_ok=True)
-    process = subprocess.Popen([server, "-D", "-f", tmp_path / "sshd_config"])
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    made = Sshd(tmp_path, server)
+    monkeypatch.setenv("EDGEKIT_SSH", f"ssh -F {tmp_path}/config")
+    yield made
+    made.end()
+
+
+def reachable(outcome: remote.Outcome) -> remote.Outcome:
+    """The outcome, unless the other user's Python lacks the packages and could not install them."""
+    if outcome.error and "needs these in its Python" in str(outcome.error):
+        pytest.skip(str(outcome.error))
+    return outcome
 
 
 @pytest.mark.slow
-def test_a_real_sshd(sshd: str, bundle: Path, tmp_path: Path) -> None:
-    outcome = only(remote.profile_on([sshd], bundle, QUICK))
+def test_another_user_through_a_real_sshd(sshd: Sshd, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python gets a virtual environment, which stays; then the connection is cut in two places."""
+    outcome = reachable(only(remote.profile_on([sshd.url], bundle, QUICK, stay=True)))
     assert outcome.error is None, outcome.error
     assert outcome.report is not None
-    assert (tmp_path / "home/.cache/edgekit/remote").is_dir()
-    # Its connection is killed midway: once it is tried again by itself.
-    killed: list[str] = []
+    there = sshd.home / ".cache/edgekit/remote"
+    assert there.owner() == sshd.user
+    assert not (there / "bundles").exists()
 
-    def kill(host: str, stage: str) -> None:
-        if stage.startswith("copying ") and "MB" in stage and not killed:
-            killed.append(stage)
-            for folder in Path("/proc").glob("[0-9]*"):
-                try:
-                    words = (folder / "cmdline").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if words[0].startswith(b"sshd: ") and b"[priv]" not in words[0] and b"listener" not in words[0]:
-                    os.kill(int(folder.name), signal.SIGKILL)
+    # While it copies: it goes on by itself, with what is there.
+    scripts: list[str] = []
+    run = remote.Host.run
 
-    outcome = only(remote.profile_on([sshd], bundle, QUICK, tell=kill))
-    assert killed
+    def noting(host: remote.Host, script: str, **options: Any) -> str:
+        scripts.append(script)
+        return run(host, script, **options)
+
+    monkeypatch.setattr(remote.Host, "run", noting)
+    monkeypatch.setattr(remote, "CHUNK", 4096)
+    heard: list[str] = []
+
+    def cut_the_copy(host: str, stage: str) -> None:
+        heard.append(stage)
+        parts = [path.stat().st_size for path in there.rglob("*.part") if path.stat().st_size > 8192]
+        if stage.startswith("copying ") and parts and not any("cut" in stage for stage in heard):
+            heard.append("cut")
+            sshd.cut()
+
+    outcome = only(remote.profile_on([sshd.url], bundle, QUICK, stay=True, tell=cut_the_copy))
     assert outcome.error is None, outcome.error
-    known = (tmp_path / "known").read_text().split()
-    other = (tmp_path / "authorized").read_text().split()
-    (tmp_path / "known").write_text(f"{known[0]} {other[0]} {other[1]}\n")
-    error = only(remote.profile_on([sshd], bundle, QUICK)).error
+    assert "the connection was cut; going on" in heard
+    assert any(script.startswith("cat >>") for script in scripts)
+
+    # While it measures: an error, nothing runs on, and the next try finds the copy.
+    def cut_the_run(host: str, stage: str) -> None:
+        if stage.startswith("measuring 1 of"):
+            sshd.cut()
+
+    many = dataclasses.replace(QUICK, repetitions=200)
+    error = only(remote.profile_on([sshd.url], bundle, many, stay=True, tell=cut_the_run)).error
+    assert isinstance(error, remote.Cut)
+    assert "goes on where it ended" in str(error)
+    for _ in range(100):
+        if not sshd.running():
+            break
+        time.sleep(0.1)
+    assert not sshd.running()
+    scripts.clear()
+    outcome = only(remote.profile_on([sshd.url], bundle, QUICK))
+    assert outcome.error is None, outcome.error
+    assert not any(script.startswith("cat >>") for script in scripts)
+    assert sshd.left() == [], "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_a_wrong_host_key(sshd: Sshd, bundle: Path) -> None:
+    sshd.trust("user")
+    error = only(remote.profile_on([sshd.url], bundle, QUICK)).error
     assert isinstance(error, DeviceError)
-    assert "key" in str(error)
+    assert "ost key verification failed" in str(error)
+    assert "ssh-keygen -R" in str(error)
+    assert sshd.left() == []
+
+
+@pytest.mark.slow
+def test_no_python_behind_a_real_sshd(sshd: Sshd, bundle: Path) -> None:
+    tools = sshd.folder / "bin"
+    tools.mkdir()
+    for name in ("sh", "mkdir", "uname", "df", "tail", "awk", "rm", "rmdir", "cat", "test"):
+        (tools / name).symlink_to(shutil.which(name) or "/bin/sh")
+    public = Path(tempfile.mkdtemp(prefix="edgekit-bin-"))
+    shutil.copytree(tools, public, symlinks=True, dirs_exist_ok=True)
+    public.chmod(0o755)
+    try:
+        sshd.start(PATH=str(public))
+        error = only(remote.profile_on([sshd.url], bundle, QUICK)).error
+    finally:
+        shutil.rmtree(public)
+    assert isinstance(error, DeviceError)
+    assert "must have Python 3.11 or newer" in str(error)
+    assert sshd.left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free_mb", [2, 20])
+def test_a_full_disk_behind_a_real_sshd(sshd: Sshd, bundle: Path, free_mb: int) -> None:
+    """Two megabytes are too few before anything is copied; of twenty, the environment or the bundle takes too much."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={free_mb}m", "tmpfs", sshd.home], check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        shutil.chown(sshd.home, sshd.user)
+        error = only(remote.profile_on([sshd.url], bundle, QUICK)).error
+        left = sshd.left()
+    finally:
+        subprocess.run(["umount", sshd.home], check=True)
+    assert isinstance(error, BudgetError if free_mb == 2 else DeviceError)
+    assert ("must have room for the bundle" if free_mb == 2 else "No space left on device") in str(error)
+    assert left == []

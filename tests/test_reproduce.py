@@ -9,6 +9,8 @@ import pytest
 from command_line import ek, ok
 from tiny import tiny_gguf
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

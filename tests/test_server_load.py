@@ -25,6 +25,8 @@ from edgekit.profile.memory import read_memory
 
 pytestmark = pytest.mark.slow
 CLIENTS = 200
+IN_THE_BROWSER = "test_ask_stream_stop_cite_reload"
+OFFLINE = "not default_embedder_is_made"  # that one fetches the embedder, once
 HELLO = [{"role": "user", "content": "Hello"}]
 
 LONE = """
@@ -209,20 +211,26 @@ def test_kill_loses_at_most_the_answer_in_the_making(bundle: Path, tmp_path: Pat
     assert "Traceback" not in again.stop()
 
 
+ASSISTANT = [
+    *("answer", "api", "control", "documents", "filter", "index", "prefix", "privacy", "queue", "reading"),
+    *("records", "router", "search", "server", "server_chat", "server_guard", "structure", "tools"),
+]
+
+
 def test_all_of_it_where_there_is_only_the_loopback(tmp_path: Path) -> None:
-    """The server's tests, and the page's where there is a browser, in a network namespace of their own."""
+    """All tests of the assistant, and the page's where there is a browser, in a network namespace of their own."""
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system lets nobody make network namespaces (unshare -rn)")
     here = Path(__file__).parent
-    files = [here / "test_server.py", f"{here / 'test_server_page.py'}::test_ask_stream_stop_cite_reload"]
-    words = ["unshare", "-rn", sys.executable, "-c", LONE, "-m", "pytest", "-m", "slow or not slow"]
+    files = [*(here / f"test_{name}.py" for name in ASSISTANT), f"{here / 'test_server_page.py'}::{IN_THE_BROWSER}"]
+    words = ["unshare", "-rn", sys.executable, "-c", LONE, "-m", "pytest", "-m", "slow or not slow", "-k", OFFLINE]
     done = subprocess.run(
         [*words, *map(str, files)],
         cwd=here.parent,
         env={**os.environ, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -165,6 +165,27 @@ def test_ask_stream_stop_cite_reload(server: Served) -> None:
         assert problems(browser) == []
 
 
+def test_the_whole_of_a_document_can_be_asked(server: Served) -> None:
+    with chromium() as browser:
+        opened(browser, server.url)
+        ask(browser, "How often may I work from home?", mode="documents")
+        until(browser, lambda: finished(browser, 1))
+        browser.find_element(By.CSS_SELECTOR, ".cite").click()
+        browser.find_element(By.CSS_SELECTOR, ".lit .whole").click()
+        assert shown(browser, "#whole-name") == ["Remote work"]
+        ask(browser, "What else does it say?", mode="documents")
+        until(browser, lambda: finished(browser, 2))
+        assert "whole document, 1,234 tokens, taken from disk in 0.0 s" in shown(browser, ".facts")[1]
+        browser.find_element(By.ID, "whole-end").click()
+        ask(browser, "And the others?", mode="documents")
+        until(browser, lambda: finished(browser, 3))
+        assert server.model.assistant.documents == [None, "handbook/remote-work.md", None]  # type: ignore[union-attr]
+        browser.refresh()
+        until(browser, lambda: finished(browser, 3))
+        assert "whole document" in shown(browser, ".facts")[1]
+        assert problems(browser) == []
+
+
 def test_conversations_are_listed_deleted_and_begun_anew(server: Served) -> None:
     with chromium() as browser:
         opened(browser, server.url)
@@ -196,6 +217,8 @@ def test_everything_by_keyboard_and_what_is_said_is_never_markup(server: Served)
         until(browser, lambda: finished(browser, 1))
         assert shown(browser, ".user p") == [attack]
         assert browser.find_elements(By.CSS_SELECTOR, "#log img, #log script") == []
+        escaped = "return inline(arguments[0], document.createElement('p'), () => null).innerHTML"
+        assert browser.execute_script(escaped, r"\*If\* *so* a\b <i>") == r"*If* <em>so</em> a\b &lt;i&gt;"
         box = browser.find_element(By.ID, "question")
         box.send_keys("one" + Keys.SHIFT + Keys.ENTER + Keys.NULL + "two")
         assert box.get_property("value") == "one\ntwo"

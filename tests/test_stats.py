@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edgekit.errors import UserError
 from edgekit.profile import stats
-from edgekit.profile.stats import difference, drift, mann_whitney, measured, paired, signed_rank, summary
+from edgekit.profile.stats import difference, drift, holm, mann_whitney, measured, paired, signed_rank, summary
 
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
@@ -184,13 +184,28 @@ def test_the_interval_of_pairs_agrees_with_their_test():
     for _ in range(200):
         n = int(generator.integers(6, 15))
         b = np.exp(generator.normal(0.02, 0.05, n))
-        found = paired(np.ones(n), b)
+        found = paired(b)
         assert found.low <= found.ratio <= found.high
         outside = found.low > 1 or found.high < 1
         assert outside == (found.p_value <= 0.05)
 
 
-def test_pairs_must_be_pairs():
-    with pytest.raises(UserError, match="as many samples on either side: got 2 and 3"):
-        paired([1, 2], [1, 2, 3])
-    assert paired([0.0, 1.0], [1.0, 2.0]).ratio is None
+@pytest.mark.parametrize("ratios", [[], [1.0, 0.0], [1.0, -2.0], [math.nan]])
+def test_ratios_must_be_above_zero(ratios):
+    with pytest.raises(UserError, match=r"at least one sample|must be (above 0|finite)"):
+        paired(ratios)
+
+
+def test_holm_by_hand():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx((0.06, 0.03, 0.06))
+    assert holm([0.9, 0.8]) == (1.0, 1.0)
+    assert holm([]) == ()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_raises_keeps_the_order_and_the_least_is_bonferronis(p_values):
+    raised = holm(p_values)
+    assert all(high >= low for high, low in zip(raised, p_values, strict=True))
+    assert min(raised) == min(1.0, len(p_values) * min(p_values))
+    pairs = sorted(zip(p_values, raised, strict=True))
+    assert [high for _, high in pairs] == sorted(raised)

@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from edgekit.deploy import store as module
 from edgekit.deploy.health import command
 from edgekit.deploy.signing import SIGNATURE, new_key, sign, verify
 from edgekit.deploy.store import Store
-from edgekit.errors import BudgetError, DeviceError, ModelError, UserError
+from edgekit.errors import BudgetError, DeviceError, EdgekitError, ModelError, UserError
 from edgekit.manifest import NAME, Manifest, SourceRecord, record_files
 
 
@@ -54,20 +56,6 @@ def is_whole(store: Path) -> str:
     return (current / MODEL).read_text()
 
 
-KILL = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{tests!r}]
-from test_store import well
-from edgekit.deploy.store import Store
-
-def watch(step):
-    if step == {step!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Store(Path({store!r})).deploy(Path({bundle!r}), check=well, health=well, watch=watch)
-"""
-
 STEPS = ["verify", f"copy {MODEL}", f"copy {WEIGHTS}", f"copy {SPEC}", "release", "publish", "check"]
 STEPS += ["trial", "switch", "health", "note", "done"]
 
@@ -76,20 +64,136 @@ def test_the_table_names_all_steps(tmp_path: Path) -> None:
     assert sorted(steps_of(make_bundle(tmp_path / "a", "a"), tmp_path / "store")) == sorted(STEPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step_current_is_whole(step: str, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    first, second = make_bundle(tmp_path / "a", "a"), make_bundle(tmp_path / "b", "b", weights="others")
-    Store(store).deploy(first, check=well)
-    code = KILL.format(tests=str(Path(__file__).parent), step=step, store=str(store), bundle=str(second))
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    assert is_whole(store) in ("a", "b")
-    Store(store).collect(keep=2)  # any command ends the killed one first
-    assert is_whole(store) == ("b" if step == "done" else "a")
-    Store(store).deploy(second, check=well)
-    assert is_whole(store) == "b"
-    assert not list((store / "releases").glob(".*"))
+# --- faults at every change of the disk -------------------------------------------------------------------------------
+
+CHANGES = {"os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+NEEDS_ROOM = {"open", "os.link", "os.symlink", "os.mkdir", "write"}
+
+
+def in_child(work: Callable[[], object], fault: Callable[[int, str], None]) -> tuple[int, int]:
+    """Run `work` in a forked process in which `fault(number, event)` is called before every change of the disk.
+
+    Returns how it ended (0 well, 1 with an error of ours, 2 with another, -9 killed) and how many changes there were.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITES):
+                os.write(writer, b".")
+                seen += 1
+                fault(seen, event)
+
+        end = 2
+        try:
+            sys.addaudithook(hook)
+            work()
+            end = 0
+        except EdgekitError:
+            end = 1
+        finally:
+            os._exit(end)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        count = len(stream.read())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), count
+
+
+def killed_at(number: int) -> Callable[[int, str], None]:
+    def fault(seen: int, event: str) -> None:
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return fault
+
+
+def full_from(number: int) -> Callable[[int, str], None]:
+    def fault(seen: int, event: str) -> None:
+        if seen >= number and event in NEEDS_ROOM:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return fault
+
+
+def never(seen: int, event: str) -> None:
+    pass
+
+
+class Scene:
+    """A store with releases `a` and `z`, `a` current, and what shall be done to it: afterwards `after` is current."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.after = {"deploy": "b", "again": "z", "rollback": "z", "collect": "a"}[name]
+        for text in "zab":
+            make_bundle(folder / text, text, weights=f"of {text}")
+        for text in "za":
+            Store(folder / "template").deploy(folder / text, check=well)
+
+    def fresh(self, path: Path) -> Store:
+        subprocess.run(["cp", "--archive", self.folder / "template", path], check=True)  # links stay links
+        return Store(path)
+
+    def work(self, store: Store) -> Callable[[], object]:
+        return {
+            "deploy": lambda: store.deploy(self.folder / "b", check=well, health=well),
+            "again": lambda: store.deploy(self.folder / "z", check=well, health=well),
+            "rollback": lambda: store.rollback(check=well, health=well),
+            "collect": lambda: store.collect(keep=1),
+        }[self.name]
+
+
+SCENES = ["deploy", "again", "rollback", "collect"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flushing: what a killed process wrote is there, only a power cut takes it."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", SCENES)
+def test_killed_before_any_change_of_the_disk_current_is_whole(name: str, tmp_path: Path) -> None:
+    """kill -9 before the first change, the second, and so on; then another command, and the same one again."""
+    scene = Scene(tmp_path, name)
+    ended, changes = in_child(scene.work(scene.fresh(tmp_path / "well")), never)
+    assert ended == 0
+    assert is_whole(tmp_path / "well") == scene.after
+    assert changes > 5
+    for number in range(1, changes + 1):
+        store = scene.fresh(tmp_path / f"killed {number}")
+        assert in_child(scene.work(store), killed_at(number)) == (-9, number)
+        assert is_whole(store.path) in ("a", scene.after)
+        store.collect(keep=3)  # any command brings the killed one to its end first
+        done = sum(event.event in ("deployed", "rolled back") for event in store.history()) > 2
+        assert is_whole(store.path) == (scene.after if done else "a")
+        if not done:
+            scene.work(store)()
+            assert is_whole(store.path) == scene.after
+        assert not list((store.path / "releases").glob(".*"))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", SCENES)
+def test_a_disk_that_is_full_from_any_change_on_keeps_the_old_release(name: str, tmp_path: Path) -> None:
+    scene = Scene(tmp_path, name)
+    _, changes = in_child(scene.work(scene.fresh(tmp_path / "well")), never)
+    failed = 0
+    for number in range(1, changes + 1):
+        store = scene.fresh(tmp_path / f"full {number}")
+        ended, _ = in_child(scene.work(store), full_from(number))
+        assert ended in (0, 1)
+        failed += ended
+        assert is_whole(store.path) == ("a" if ended else scene.after)
+        if ended:
+            scene.work(store)()
+            assert is_whole(store.path) == scene.after
+    assert failed > 0
 
 
 def interrupted(store: Path, bundle: Path, step: str) -> None:

@@ -7,9 +7,12 @@ from test_reference import tiny_checkpoint
 from edgekit.bundle import Bundle
 from edgekit.export.export import export
 from edgekit.export.targets import TARGETS
-from edgekit.profile import threads
-from edgekit.profile.threads import ThreadRates, best, keep, kept, sweep
+from edgekit.profile import latency
+from edgekit.profile.threads import ThreadRates, best, sweep
+from edgekit.runtime import threads
 from edgekit.runtime.engine import Engine
+from edgekit.runtime.session import Session
+from edgekit.runtime.threads import keep, kept
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,7 @@ def test_each_count_has_an_engine_of_its_own_and_they_take_turns(
         lambda self, *a, threads, **o: (counts.append(threads), make(self, *a, threads=threads, **o))[1],
     )
     turns: list[int] = []
+    monkeypatch.setattr(latency, "WAKE_S", 0)
     rates = sweep(bundle, [2, 1, 2], context=64, turns=2, on_turn=lambda: turns.append(1))
     assert counts == [1, 2] * 3
     assert [rate.threads for rate in rates] == [1, 2]
@@ -79,3 +83,21 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("EDGEKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert threads.cache_folder() == Path("/caches/edgekit")
+
+
+def test_a_session_takes_what_was_kept_unless_it_is_told_otherwise(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    counts: list[tuple[int, int | None]] = []
+    make = Engine.__init__
+
+    def noting(self: Engine, *words, threads: int, decode_threads: int | None = None, **options) -> None:
+        counts.append((threads, decode_threads))
+        make(self, *words, threads=threads, decode_threads=decode_threads, **options)
+
+    monkeypatch.setattr(Engine, "__init__", noting)
+    keep(bundle, 2, 1)
+    Session.open(bundle.path)
+    Session.open(bundle.path, threads=3)
+    assert counts == [(2, 1), (3, 3)]

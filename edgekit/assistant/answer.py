@@ -6,13 +6,15 @@
             print(event.text, end="")
 
 The events of one answer, in this order: `Filtered` for each rule that the question touches (a block ends the answer
-there), `Sources`, `Routed` when a router is on, then `Text` pieces, `Filtered` for the answer, and always one
-`Finished` at the end, whose text is that of all pieces together.
+there), `Sources`, `Routed` when a router is on, `Opened` when a whole document is read, then `Text` pieces, `Filtered`
+for the answer, and always one `Finished` at the end, whose text is that of all pieces together.
 
 An answer from documents has one of two styles. "quote": the model reads the sentences that were found and chooses the
 two that answer best; it writes nothing, so nothing is made up. "write": the model writes, and each sentence is traced
 to the sentence of a document that supports it. A model of a few hundred million parameters gets far more right by
 quoting (docs/assistant.md has the numbers), so that is the default.
+
+With `document`, nothing is searched: the whole document stands in the context (reading.py), and the model writes.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from edgekit.assistant import draft as drafts
 from edgekit.assistant.evidence import Quote, quotes, sentences, stands, traced
 from edgekit.assistant.filter import Filter, Gate, Verdict
 from edgekit.assistant.index import Index
-from edgekit.assistant.prompt import Neutral, fitted
+from edgekit.assistant.prompt import Neutral, Prompt, fitted
+from edgekit.assistant.reading import Reader, Reading
 from edgekit.assistant.router import Decision, Draft
 from edgekit.assistant.search import Found, search
 from edgekit.assistant.switch import Switch
 from edgekit.errors import UserError
+from edgekit.runtime.prefix import Prefixes
 from edgekit.runtime.sampling import Sampling
 from edgekit.runtime.session import Session, Timing
 from edgekit.runtime.template import Message
@@ -87,6 +91,13 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A whole document is in the context now."""
+
+    reading: Reading
+
+
+@dataclass(frozen=True)
 class Text:
     text: str
 
@@ -101,7 +112,7 @@ class Finished:
     reply: Reply
 
 
-Event = Sources | Routed | Text | Filtered | Finished
+Event = Sources | Routed | Opened | Text | Filtered | Finished
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -145,7 +156,8 @@ class Assistant:
     """A session with an index to look things up in. One answer at a time, as the session.
 
     `index`: None answers from the model alone. `router`, `content_filter`: None switches them off. `style` is that of
-    answers from the index. With `watch`, `last` is what the latest answer from documents was made of, once it ended.
+    answers from the index. `prefixes` keeps what the model has read of whole documents. With `watch`, `last` is what
+    the latest answer from documents was made of, once it ended.
     Raises UserError for a router without an index.
     """
 
@@ -157,6 +169,7 @@ class Assistant:
         router: Switch | None = None,
         content_filter: Filter | None = None,
         style: Style = "quote",
+        prefixes: Prefixes | None = None,
         watch: bool = False,
     ) -> None:
         if router is not None and index is None:
@@ -169,20 +182,29 @@ class Assistant:
         self.last: Made | None = None
         self._watch = watch or router is not None
         self._neutral = Neutral(session.tokenizer)
+        self._reader = None if index is None else Reader(session, index, prefixes)
+
+    @property
+    def endpoint(self) -> str | None:
+        """The address that questions may be handed over to; None where all answers are made here."""
+        return None if self._router is None else self._router.settings.endpoint.url
 
     def answer(
         self,
         question: str,
         history: Sequence[Message] = (),
         *,
+        document: str | None = None,
         max_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008  frozen
         stop: Sequence[str] = (),
     ) -> Iterator[Event]:
         """The events of one answer; closing the iterator ends the generation.
 
-        `history`: the turns before this question, oldest first, "user" and "assistant". `max_tokens`, `sampling` and
-        `stop` are for what a model writes. Raises UserError for an empty question, and what `Session.generate` raises.
+        `history`: the turns before this question, oldest first, "user" and "assistant". `document`: the one of the
+        index that the question is about, which is read whole; no router is asked then. `max_tokens`, `sampling` and
+        `stop` are for what a model writes. Raises UserError for an empty question or no such document, and what
+        `Session.generate` raises.
         """
         begin = time.perf_counter()
         if not question.strip():
@@ -192,6 +214,9 @@ class Assistant:
         if any(verdict.action == "block" for verdict in verdicts):
             seconds = time.perf_counter() - begin
             yield Finished(Reply("", (), "blocked", None, 0, 0, 0, seconds, None))
+            return
+        if document is not None:
+            yield from self._from_whole(begin, question, history, document, max_tokens, sampling, stop)
             return
         found = self._found(question, history)
         if found is None:
@@ -258,6 +283,26 @@ class Assistant:
         everything = () if made.quotes or made.finish == "unknown" else self._sentences(found)
         self.last = Made(found, tuple(evidence), made)
         yield from self._told(begin, made, decision, everything)
+
+    def _from_whole(
+        self,
+        begin: float,
+        question: str,
+        history: Sequence[Message],
+        document: str,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+    ) -> Iterator[Event]:
+        if self._reader is None:
+            raise UserError("a document needs an index that it stands in: pass --docs")
+        found = self._reader.found(document)
+        room = self.session.engine.context - min(max_tokens, LEAST_ROOM)
+        prompt = self._reader.prompt(document, question, history, room=room)
+        yield Sources(found)
+        yield Opened(self._reader.read(document))
+        made = self._generated(prompt, max_tokens, sampling, stop)
+        yield from self._told(begin, made, None, self._sentences(found))
 
     def _told(
         self, begin: float, made: _Made, decision: Decision | None, everything: Sequence[Quote]
@@ -327,6 +372,10 @@ class Assistant:
             room=session.engine.context - min(max_tokens, LEAST_ROOM),
             grounded=bool(passages),
         )
+        return self._generated(prompt, max_tokens, sampling, stop)
+
+    def _generated(self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str]) -> _Made:
+        session = self.session
         generation = session.generate(prompt.messages, max_tokens=max_tokens, sampling=sampling, stop=stop)
         made = _Made(iter([]), dropped_turns=prompt.dropped_turns)
 

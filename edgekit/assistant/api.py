@@ -59,11 +59,13 @@ class ApiError(EdgekitError):
 @dataclass(frozen=True)
 class Extras:
     """Our own part of a request. `conversation`: where the page's records go; `tools`: built-in tools that the server
-    runs; `events`: whether the stream tells sources, route and speed on the way."""
+    runs; `events`: whether the stream tells sources, route and speed on the way; `document`: the document of the index
+    that is read whole to answer from."""
 
     conversation: str | None = None
     tools: tuple[str, ...] = ()
     events: bool = False
+    document: str | None = None
 
     def __post_init__(self) -> None:
         if self.conversation is not None and not CONVERSATION.fullmatch(self.conversation):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit.assistant.answer import Filtered, Finished, Routed, Sources, Text, to_json
+from edgekit.assistant.answer import Filtered, Finished, Opened, Routed, Sources, Text, to_json
 from edgekit.assistant.api import ApiError, EmbeddingRequest, Request
 from edgekit.assistant.server_chat import Called, Ended, Event, Progress
 from edgekit.runtime.embeddings import Embeddings
@@ -55,6 +55,8 @@ class Writer:
             self.notes["sources"] = _fields(event)
         elif isinstance(event, Routed):
             self.notes["route"] = _fields(event)
+        elif isinstance(event, Opened):
+            self.notes["document"] = _fields(event)
         elif isinstance(event, Filtered):
             self.notes.setdefault("filter", []).append(_fields(event))
         elif isinstance(event, Ended):
@@ -128,7 +130,7 @@ def note(event: Event) -> dict[str, Any]:
         return {"progress": dataclasses.asdict(event)}
     if isinstance(event, Called):
         return {"tool": {"name": event.call.name, "arguments": event.call.arguments, "result": event.result}}
-    name = {Sources: "sources", Routed: "route", Filtered: "filter"}.get(type(event))
+    name = {Sources: "sources", Routed: "route", Opened: "document", Filtered: "filter"}.get(type(event))
     assert name is not None
     return {name: _fields(event)}
 

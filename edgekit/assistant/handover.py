@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekit.assistant.privacy import Privacy, Rules
+from edgekit.assistant.privacy import Phrases, Privacy, Rules
 from edgekit.errors import UserError
 from edgekit.manifest import now
 from edgekit.schema import parse
@@ -121,12 +121,13 @@ def load_settings(path: Path) -> Settings:
 
 
 class Handover:
-    """The door. `rules` are the privacy rules, which it asks itself."""
+    """The door. `rules` are the privacy rules, which it asks itself; in `index` private folders are looked up."""
 
-    def __init__(self, endpoint: Endpoint, log: Path, rules: Rules) -> None:
+    def __init__(self, endpoint: Endpoint, log: Path, rules: Rules, index: Phrases | None = None) -> None:
         self.endpoint = endpoint
         self._log = log
         self._rules = rules
+        self._index = index
 
     def ask(self, question: str, passages: Sequence[str], documents: Sequence[str], *, wrong: float | None) -> str:
         """The larger model's answer. `documents` are the paths of the passages; `wrong` goes into the log.
@@ -135,7 +136,8 @@ class Handover:
         """
         payload = self._payload(question, passages)
         texts = [message["content"] for message in payload["messages"]]
-        if reason := self._rules.reason([question, *passages], documents) or self._rules.reason(texts, documents):
+        apart, together = [question, *passages], texts
+        if reason := self._rules.reason(apart, documents, index=self._index) or self._rules.reason(together):
             raise Unreachable(f"it stays here: {reason}")
         self._note(texts, documents, wrong)
         return self._send(payload)

@@ -134,6 +134,22 @@ class Index:
         rows = self._rows("SELECT substr(text, ?, ?) FROM documents WHERE path = ?", start + 1, end - start, document)
         return str(rows[0][0]) if rows and 0 <= start < end else ""
 
+    def whole(self, document: str) -> tuple[str, str]:
+        """The title and the text of a document. Raises UserError where the index has none of that path."""
+        rows = self._rows("SELECT title, text FROM documents WHERE path = ? AND skipped IS NULL", document)
+        if not rows:
+            raise UserError(f"a document must be in the index, by its path in there: {document!r:.200} is not")
+        return str(rows[0][0]), str(rows[0][1])
+
+    def of_document(self, document: str) -> list[Entry]:
+        """The passages of a document, in order; none where the index has no such document."""
+        rows = self._rows(
+            f'SELECT d.path, d.title, p.heading, p.start, p."end", {_PASSAGE}'  # noqa: S608  constants
+            " FROM passages p JOIN documents d ON d.id = p.document WHERE d.path = ? ORDER BY p.start, p.id",
+            document,
+        )
+        return [Entry(*row) for row in rows]
+
     def nearest(self, query: Floats, *, limit: int) -> list[tuple[int, float]]:
         """The passages nearest to a vector (dim,) float32, with their cosines, best first."""
         rows = self._rows(

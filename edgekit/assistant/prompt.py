@@ -1,9 +1,10 @@
 """From a question and passages to messages, so that the passages are read and not obeyed.
 
-A document may say "ignore your instructions" or spell a chat's control tokens. What is certain: control tokens of the
-tokenizer that stand in a question, a turn or a passage are parted by an invisible character (U+2060), so that no
-document can end its own message or begin another one; no tools are offered where there are sources, and what the model
-says is never looked through for calls of tools. What is likely only: passages stand between marks with a random name,
+A document may say "ignore your instructions" or spell a chat's control tokens. What is certain: no message makes a
+control token (`edgekit.runtime.control`), and whatever else the tokenizer has a token of its own for, such as
+<tool_call>, is parted by an invisible character (U+2060) in questions, turns and passages, so that no document can end
+its own message or begin another one; no tools are offered where there are sources, and what the model says is never
+looked through for calls of tools. What is likely only: passages stand between marks with a random name,
 which a document cannot know, and the system message says that what is inside is data. A model can still be talked
 into repeating nonsense: the style "quote" of answer.py is proof against that too, since it writes nothing of its own.
 """

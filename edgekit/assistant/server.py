@@ -51,7 +51,8 @@ class Settings:
 
 
 class App:
-    """The routes and what they answer with."""
+    """The routes and what they answer with. `model` may be set to another of the same name at any time: an answer that
+    is being made keeps the one that it began with."""
 
     def __init__(self, model: Model, line: Line, records: Records | None, settings: Settings) -> None:
         self.model = model
@@ -175,7 +176,9 @@ class App:
             {
                 "model": model.name,
                 "models": model.names,
+                "release": session.bundle.path.name,
                 "documents": model.assistant is not None,
+                "handover": model.assistant.endpoint if model.assistant is not None else None,
                 "context": session.engine.context,
                 "max_tokens": model.max_tokens,
                 "chat": session.template is not None,
@@ -274,7 +277,12 @@ class _Stream:
 
 def make_app(model: Model, line: Line, *, records: Records | None, settings: Settings) -> ASGIApp:
     """The whole application, its checks in front."""
-    app = App(model, line, records, settings)
+    return guarded(App(model, line, records, settings))
+
+
+def guarded(app: App) -> ASGIApp:
+    """The application with its checks in front."""
+    settings = app.settings
     known = {route.path for route in app.routes()}
 
     def count(path: str, status: int) -> None:
@@ -283,7 +291,7 @@ def make_app(model: Model, line: Line, *, records: Records | None, settings: Set
             if path in known
             else next((p for p in known if "{" in p and path.startswith(p.split("{")[0])), "other")
         )
-        model.metrics.request(name, status)
+        app.model.metrics.request(name, status)
 
     async def failed(request: HttpRequest, problem: Exception) -> ASGIApp:
         return _Refusal(as_api_error(problem))

@@ -5,14 +5,12 @@ question up and answers with sources (`edgekit.assistant.answer`). Both give the
 added here: `Called` for tools and `Progress` for the page; `Ended` closes every answer with what it cost. A content
 filter looks at both models' questions and answers.
 
-Text of a message that spells one of the model's special tokens is parted by an invisible character, so that a question
-or a tool's result cannot end its turn and begin another's. (`prompt.Neutral` parts the words of tool calls as well,
-which must stay whole here: the model's own earlier calls are among the messages.)
+What a message spells of the model's control tokens stays text (`edgekit.runtime.control`), so that no question can end
+its turn and begin another's; in a tool's result, the marks of calls and results are parted besides.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +20,7 @@ from edgekit.assistant.answer import Assistant, Filtered, Finished, Reply, Text
 from edgekit.assistant.answer import Event as AnswerEvent
 from edgekit.assistant.api import ApiError, EmbeddingRequest, Request
 from edgekit.assistant.filter import Filter, Gate, Verdict
-from edgekit.assistant.prompt import WORD_JOINER
+from edgekit.assistant.prompt import Neutral
 from edgekit.assistant.queue import Job
 from edgekit.assistant.server_metrics import Cost, Meter, Metrics, Reading, speed
 from edgekit.assistant.structure import Grammar, Structures
@@ -83,12 +81,9 @@ class Model:
     embedder_name: str = ""
     tools: Sequence[Tool] = ()
     _structures: Structures | None = field(default=None, init=False)
-    _special: re.Pattern[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        added = self.session.tokenizer.get_added_tokens_decoder().values()
-        special = sorted((token.content for token in added if token.special and len(token.content) > 1), key=len)
-        self._special = re.compile("|".join(map(re.escape, reversed(special)))) if special else None
+        self._neutral = Neutral(self.session.tokenizer)
 
     @property
     def names(self) -> list[str]:
@@ -100,6 +95,8 @@ class Model:
         """The answer's events, ending with `Ended`. Raises ApiError and what the session raises."""
         documents = request.model == self.name + DOCUMENTS
         assert documents or request.model == self.name
+        if request.extras.document is not None and not documents:
+            raise ApiError(f"a document is read by {self.name}{DOCUMENTS}: name that model", param="edgekit")
         source = self._documents(request) if documents else self._filtered(request)
         self.session.go_on = job.wanted
         before, reply, called = self.session.current, None, False
@@ -190,7 +187,7 @@ class Model:
                 break
             result = run_tool(tool, call)
             yield Called(call, result)
-            turns += [{"role": "assistant", "content": splitter.call}, result_message(self.harmless(result))]
+            turns += [{"role": "assistant", "content": splitter.call}, result_message(self._neutral(result))]
             choice = "auto"
             if tokens >= self._most(request) or not self.session.go_on():
                 break
@@ -211,7 +208,7 @@ class Model:
         if isinstance(request.prompt, str):
             prompt: str | list[Message] = request.prompt
         else:
-            messages = [*map(self._harmless_turn, request.prompt), *turns]
+            messages = [*request.prompt, *turns]
             prompt = _told(messages, instructions(offered, forced=forced)) if offered else messages
         return self.session.generate(
             prompt,
@@ -235,19 +232,11 @@ class Model:
         yield from self.assistant.answer(
             turns[-1]["content"],
             turns[:-1],
+            document=request.extras.document,
             max_tokens=self._most(request),
             sampling=request.sampling,
             stop=request.stop,
         )
-
-    def harmless(self, text: str) -> str:
-        """`text` without special tokens of the model: what spells one is parted after its first character."""
-        if self._special is None:
-            return text
-        return self._special.sub(lambda found: found[0][0] + WORD_JOINER + found[0][1:], text)
-
-    def _harmless_turn(self, turn: Message) -> Message:
-        return {"role": turn["role"], "content": self.harmless(turn["content"])}
 
     def _with_progress(self, events: Iterator[Event], job: Job[Any]) -> Iterator[Event]:
         """`events`, and after text the speed and the memory, but seldom."""

@@ -22,7 +22,7 @@ class Switch:
         self._model = model
         self._index = index
         self._rules = Rules(settings.privacy)
-        self._door = Handover(settings.endpoint, Path(settings.log.path), self._rules)
+        self._door = Handover(settings.endpoint, Path(settings.log.path), self._rules, index)
         self._bars = dict(zip(("before", "after"), model.threshold(settings.router.share), strict=True))
 
     @classmethod

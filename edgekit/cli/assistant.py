@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.cli.chat import _ask
-from edgekit.cli.knowledge import embedder_option, open_embedder, open_knowledge
+from edgekit.cli.knowledge import embedder_option, open_embedder, open_knowledge, open_prefixes
 from edgekit.cli.run import make_sampling, sampling_options
 from edgekit.cli.terminal import json_option, print_json
 from edgekit.errors import ContextOverflow
 
 if TYPE_CHECKING:
     from edgekit.assistant.answer import Assistant, Citation, Reply
+    from edgekit.assistant.reading import Reading
     from edgekit.runtime.template import Message
 
 HELP = "Ctrl-C stops an answer, /reset forgets, /quit or Ctrl-D ends"
@@ -32,6 +33,7 @@ HELP = "Ctrl-C stops an answer, /reset forgets, /quit or Ctrl-D ends"
     show_default=True,
     help="quote: the documents' own sentences; write: the model's, for larger models.",
 )
+@click.option("--document", help="Read one document of --docs whole, its path in there, and answer from that.")
 @click.option("--router", type=click.Path(path_type=Path), help="Settings for handing over to a larger model (TOML).")
 @click.option("--filter", "policy", type=click.Path(path_type=Path), help="Policy of the content filter (TOML).")
 @sampling_options
@@ -42,6 +44,7 @@ def assistant(
     docs: Path,
     embedder: Path | None,
     style: str,
+    document: str | None,
     router: Path | None,
     policy: Path | None,
     as_json: bool,
@@ -69,10 +72,18 @@ def assistant(
         router=switch,
         content_filter=Filter(rules, encoder) if rules else None,
         style=style,  # type: ignore[arg-type]
+        prefixes=open_prefixes(),
     )
     for skipped in changes.skipped if changes else ():
         click.echo(f"[left out: {skipped.path}: {skipped.reason}]", err=True)
-    settings = {"max_tokens": options["max_tokens"], "sampling": sampling, "stop": options["stop"]}
+    if document is not None:
+        index.whole(document)  # refused now if there is none
+    settings = {
+        "document": document,
+        "max_tokens": options["max_tokens"],
+        "sampling": sampling,
+        "stop": options["stop"],
+    }
     if question is not None:
         reply = _print(helper, question, [], settings, quiet=as_json)
         if as_json:
@@ -100,7 +111,7 @@ def assistant(
 
 def _print(helper: Assistant, question: str, history: list[Message], settings: dict[str, Any], *, quiet: bool) -> Reply:
     """Print an answer as it comes, its sources below it; what the router and the filter say goes to stderr."""
-    from edgekit.assistant.answer import Filtered, Finished, Routed, Text
+    from edgekit.assistant.answer import Filtered, Finished, Opened, Routed, Text
     from edgekit.report import plain
 
     reply: Reply | None = None
@@ -114,6 +125,8 @@ def _print(helper: Assistant, question: str, history: list[Message], settings: d
         elif isinstance(event, Routed):
             where = f"handed over to {event.decision.endpoint}" if event.decision.to == "elsewhere" else "answered here"
             click.echo(f"[{where}: {event.decision.reason}]", err=True)
+        elif isinstance(event, Opened):
+            click.echo(f"[{_read(event.reading)}]", err=True)
         elif isinstance(event, Filtered):
             click.echo(f"[{event.verdict.action}: {plain(event.verdict.explanation)}]", err=True)
     assert reply is not None
@@ -125,6 +138,13 @@ def _print(helper: Assistant, question: str, history: list[Message], settings: d
             reason = "--max-tokens reached" if reply.finish_reason == "length" else "the context is full"
             click.echo(f"[cut: {reason}]", err=True)
     return reply
+
+
+def _read(reading: Reading) -> str:
+    from edgekit.report import plain
+
+    how = {"model": "read", "disk": "read before, taken from disk", "memory": "still in memory", "stopped": "stopped"}
+    return f"{plain(reading.document)}: {reading.tokens:,} tokens, {how[reading.origin]} in {reading.seconds:.1f} s"
 
 
 def _printable(text: str) -> str:

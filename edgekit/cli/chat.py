@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekit.cli.run import make_sampling, mention_cut, sampling_options
+from edgekit.cli.run import make_sampling, mention_cut, open_session, sampling_options
 from edgekit.errors import ContextOverflow, UserError
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def chat(bundle: Path, system: str | None, **options: Any) -> None:
     \b
     edgekit chat small.x86
     """
-    from edgekit.runtime.session import Session
-
     sampling = make_sampling(options)
-    session = Session.open(bundle, context=options["context"], threads=options["threads"], budget=options["budget"])
+    session = open_session(bundle, options)
     if session.template is None:
         raise UserError(f"chat needs a chat template: {bundle} has none; use edgekit run {bundle} --raw")
     begin: list[Message] = [{"role": "system", "content": system}] if system else []

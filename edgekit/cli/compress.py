@@ -25,14 +25,22 @@ def megabytes(text: str) -> float:
 @click.command(short_help="Make a model smaller by a recipe.")
 @click.argument("model")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("-r", "--recipe", help="A built-in recipe, or a TOML file.  [default: int4, or mixed with a size]")
-@click.option("--target-size", metavar="SIZE", help="Choose bits for each matrix so that all fit: 70MB.")
+@click.option("-r", "--recipe", help="A built-in recipe, or a TOML file.  [default: int4; a search with a size]")
+@click.option("--target-size", metavar="SIZE", help="Search for the recipe of this size, or choose its bits: 70MB.")
+@click.option("-d", "--device", help="The device whose latency the search predicts.")
+@click.option("--target-latency-ms", type=float, default=0.0, help="The most a token's products may take there.")
+@click.option("--trials", type=int, default=100, show_default=True, help="How many compositions a search tries.")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Processes that search beside each other.")
+@click.option("--storage", help="A file or database URL that keeps the search; several machines may share one.")
+@click.option("--confirm", type=int, default=2, show_default=True, help="How many finalists to build and measure.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the search's Pareto front to an .html file.")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     multiple=True,
     help="Text for methods that need some: .txt, .jsonl, also .gz; may be given again. For .onnx files an .npz.",
 )
+@click.option("--teacher", help="The model that a step heal.distill learns from.  [default: the recipe's, or MODEL]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe, predicted size, memory and time; touch nothing.")
@@ -43,7 +51,15 @@ def compress(
     target: Path | None,
     recipe: str | None,
     target_size: str | None,
+    device: str | None,
+    target_latency_ms: float,
+    trials: int,
+    jobs: int,
+    storage: str | None,
+    confirm: int,
+    plot: Path | None,
     calibration: tuple[Path, ...],
+    teacher: str | None,
     resume: bool,
     force: bool,
     dry_run: bool,
@@ -56,6 +72,7 @@ def compress(
     edgekit compress smollm2-135m -o small -r int4
 
     Methods that look at what the weights are multiplied with (gptq, awq) and --target-size take --calibration text.
+    A size alone searches over dropped layers, pruned heads and neurons, factors and bits; with -r mixed, bits only.
     """
     from edgekit.compress import compress as run
     from edgekit.compress import plan
@@ -63,8 +80,8 @@ def compress(
     from edgekit.recipe import calibrated_on, load_recipe, within
 
     if model.lower().endswith(".onnx"):
-        if target_size or len(calibration) > 1:
-            raise UserError("an .onnx file takes one --calibration file and no --target-size")
+        if target_size or teacher or len(calibration) > 1:
+            raise UserError("an .onnx file takes one --calibration file, no --target-size and no --teacher")
         compress_file(
             model,
             target,
@@ -77,7 +94,22 @@ def compress(
         return
     if target is None and not dry_run:
         raise UserError("compress needs a folder to write: name it with -o, or pass --dry-run")
-    steps = calibrated_on(load_recipe(recipe or ("mixed" if target_size else "int4")), calibration)
+    if target_size and recipe is None:
+        from edgekit.cli.compress_search import Work, compress_by_search
+        from edgekit.search import Goal
+
+        compress_by_search(
+            open_model(model, offline=offline, progress=lambda line: remarks().print(line)),
+            target,
+            Goal(megabytes(target_size), device or "", target_latency_ms),
+            calibration,
+            Work(trials, jobs, storage, confirm, plot, force=force, dry_run=dry_run),
+            as_json=as_json,
+        )
+        return
+    if device or target_latency_ms:
+        raise UserError("--device and --target-latency-ms belong to a search: pass --target-size and no recipe")
+    steps = calibrated_on(load_recipe(recipe or "int4"), calibration)
     if target_size:
         steps = within(steps, megabytes(target_size))
     checkpoint = open_model(model, offline=offline, progress=lambda line: remarks().print(line))
@@ -90,6 +122,7 @@ def compress(
             click.echo(forecast.to_text())
         return
     assert target is not None
+    original = None if teacher is None else open_model(teacher, offline=offline)
     with progress("compressing", quiet=as_json) as advance:
         manifest = run(
             checkpoint,
@@ -97,6 +130,7 @@ def compress(
             target,
             resume=resume,
             force=force,
+            teacher=original,
             on_progress=lambda state: advance(state.done, state.total),
         )
     if as_json:

@@ -20,9 +20,10 @@ def compress_file(
     plain: bool,
     as_json: bool,
 ) -> None:
-    """Quantise the file `model` to 8 bits and print what came of it. `plain`: neither --dry-run nor --resume is set."""
-    if recipe != "int8":
-        raise UserError(f"an .onnx file takes the recipe int8 only: got {recipe!r}; pass -r int8")
+    """Quantise the file `model` to 8 bits, or decompose its convolutions, and print what came of it. `plain`: neither
+    --dry-run nor --resume is set."""
+    if recipe not in ("int8", "tucker"):
+        raise UserError(f"an .onnx file takes the recipes int8 and tucker only: got {recipe!r}; pass -r int8")
     if not plain:
         raise UserError("an .onnx file is written at once: --dry-run and --resume are for models read by layers")
     if target is None:
@@ -30,7 +31,12 @@ def compress_file(
     from edgekit.export.onnx_model import load_calibration, quantize_file
 
     samples = load_calibration(calibration) if calibration else None
-    manifest = quantize_file(Path(model), target, calibration=samples, force=force)
+    if recipe == "tucker":
+        from edgekit.export.convolution import decompose_file
+
+        manifest = decompose_file(Path(model), target, calibration=samples, force=force)
+    else:
+        manifest = quantize_file(Path(model), target, calibration=samples, force=force)
     if as_json:
         print_json(manifest)
         return

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgekit.evaluate.against import TaskComparison
     from edgekit.evaluate.choices import Answer, Item
     from edgekit.evaluate.divergence import Divergence
+    from edgekit.evaluate.needles import Needle
     from edgekit.evaluate.scorer import Scorer
     from edgekit.report import Report
 
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Questions (.jsonl or .jsonl.gz), or the name of a file in $EDGEKIT_DATA/eval: accuracy.",
 )
+@click.option("--needles", type=click.Path(path_type=Path), help="Facts to find in --book (.jsonl): long context.")
+@click.option("--book", type=click.Path(path_type=Path), help="The text that they are hidden in.")
+@click.option("--length", default=4096, show_default=True, help="Tokens of it, needle and question included.")
 @click.option("--safety", is_flag=True, help="Bias, refusals, toxic words, robustness: the sets that edgekit ships.")
 @click.option("--window", default=1024, show_default=True, help="Tokens of a perplexity window.")
+@click.option("--stride", type=int, help="Begin a window every N tokens and score its last N; of one model.")
 @click.option("--windows", type=int, help="Use only the first N windows.")
 @click.option("--limit", type=int, help="Use only the first N questions of each file.")
 @click.option("--within", default=2.0, show_default=True, help="Of two models: points that OTHER may be worse by.")
@@ -48,8 +53,12 @@ def evaluate(
     other: str | None,
     text: Path | None,
     choices: tuple[Path, ...],
+    needles: Path | None,
+    book: Path | None,
+    length: int,
     safety: bool,
     window: int,
+    stride: int | None,
     windows: int | None,
     limit: int | None,
     within: float,
@@ -71,10 +80,16 @@ def evaluate(
     from edgekit.evaluate.policy import load_policy
     from edgekit.report import plain, print_report
 
-    if text is None and not choices and not safety:
-        raise UserError("eval needs something to evaluate on: pass --text FILE, --choices FILE or --safety")
+    if text is None and not choices and not safety and needles is None:
+        raise UserError(
+            "eval needs something to evaluate on: pass --text FILE, --choices FILE or --safety, or --needles"
+        )
+    if (needles is None) != (book is None):
+        raise UserError("needles are found in a book: pass both --needles FILE and --book FILE")
     if not within >= 0 or examples < 0:
         raise UserError(f"--within and --examples must be at least 0: got {within:g} and {examples}")
+    if stride is not None and other is not None:
+        raise UserError("--stride is for one model: two are compared window by window")
     rules = load_policy(policy) if policy else None
     run = _Run(
         specs=[target] if other is None else [target, other],
@@ -83,7 +98,9 @@ def evaluate(
         quiet=as_json,
     )
     with run:
-        report, tasks = _measure(run, text, choices, safety, window, windows, limit, within, examples)
+        report, tasks = _measure(
+            run, text, choices, needles, book, length, safety, window, stride, windows, limit, within, examples
+        )
     broken = rules.broken(report) if rules else []
     if as_json:
         click.echo(report.to_json())
@@ -109,15 +126,20 @@ def _measure(
     run: _Run,
     text: Path | None,
     choices: tuple[Path, ...],
+    needles: Path | None,
+    book: Path | None,
+    length: int,
     safety: bool,
     window: int,
+    stride: int | None,
     windows: int | None,
     limit: int | None,
     within: float,
     examples: int,
 ) -> tuple[Report, list[TaskComparison]]:
     from edgekit.evaluate import against
-    from edgekit.evaluate.choices import load_items, share_of
+    from edgekit.evaluate.choices import Item, load_items, share_of
+    from edgekit.evaluate.needles import load_needles
     from edgekit.evaluate.text import read_text
     from edgekit.manifest import now, versions
     from edgekit.report import Measurement, Report
@@ -129,8 +151,9 @@ def _measure(
     rows: list[Measurement] = []
     tables, tasks = {}, []
     if text and len(run.specs) == 1:
-        found = run.perplexity(text.name, content, window=window, windows=windows)
-        note = f"{found['windows']} windows of {window}, second halves"
+        found = run.perplexity(text.name, content, window=window, stride=stride, windows=windows)
+        scored = "second halves" if stride is None else f"stride {stride}"
+        note = f"{found['windows']} windows of {window}, {scored}"
         spread = found["spread"] if found["windows"] > 1 else None
         rows += [
             Measurement(f"perplexity, {text.name}", found["value"], "", n=found["tokens"], spread=spread, note=note),
@@ -139,9 +162,18 @@ def _measure(
     elif text:
         far = run.divergence(text.name, content, window=window, windows=windows)
         rows += against.rows_of_divergence(text.name, far)
-    for path, items in files.items():
+    asked: list[tuple[str, Sequence[Item], list[list[Answer]]]] = []
+    for path, questions in files.items():
         name = path.name if names.count(path.name) == 1 else str(path)
-        sides = [run.answers(index, name, items) for index in range(len(run.specs))]
+        asked.append((name, questions, [run.answers(side, name, questions) for side in range(len(run.specs))]))
+    if needles and book:
+        hidden = load_needles(needles)[:limit]
+        name = f"needles in {length} tokens"
+        questions = [Item(needle.question, (needle.answer,), 0) for needle in hidden]
+        prose = read_text(book)
+        sides = [run.needles(side, hidden, prose, length=length) for side in range(len(run.specs))]
+        asked.append((name, questions, sides))
+    for name, items, sides in asked:
         if len(sides) == 1:
             share = share_of(sides[0])
             rows += [
@@ -185,6 +217,7 @@ class _Run:
         self.names = [Path(spec).resolve().name if os.path.exists(spec) else spec for spec in specs]
         self._options, self._fresh, self._quiet = options, fresh, quiet
         self._open: dict[int, Scorer] = {}
+        self._told = False  # that the cache cannot be written
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Run:
@@ -207,9 +240,18 @@ class _Run:
         from edgekit.evaluate.cache import cached
 
         key = {"kind": kind, "models": [self.digests[side] for side in sides], **self._options, **facts}
-        return cached(key, compute, fresh=self._fresh)
+        return cached(key, compute, fresh=self._fresh, on_trouble=self._tell)
 
-    def perplexity(self, name: str, text: str, *, window: int, windows: int | None) -> dict[str, Any]:
+    def _tell(self, why: str) -> None:
+        from edgekit.report import plain
+
+        if not self._told:
+            click.echo(plain(f"[{why}]"), err=True)
+        self._told = True
+
+    def perplexity(
+        self, name: str, text: str, *, window: int, stride: int | None, windows: int | None
+    ) -> dict[str, Any]:
         import dataclasses
 
         from edgekit.evaluate.cache import text_digest
@@ -218,10 +260,10 @@ class _Run:
         def compute() -> dict[str, Any]:
             scorer = self.scorer(0)
             with progress(f"perplexity of {name}", quiet=self._quiet) as advance:
-                found = perplexity(scorer, text, window=window, max_windows=windows, on_window=advance)
+                found = perplexity(scorer, text, window=window, stride=stride, max_windows=windows, on_window=advance)
             return dataclasses.asdict(found)
 
-        facts: dict[str, object] = {"text": text_digest(text), "window": window, "windows": windows}
+        facts: dict[str, object] = {"text": text_digest(text), "window": window, "stride": stride, "windows": windows}
         found: dict[str, Any] = self._cached("perplexity", [0], facts, compute)
         return found
 
@@ -255,6 +297,21 @@ class _Run:
 
         rows = self._cached("answers", [index], {"items": text_digest(repr(list(items)))}, compute)
         return [Answer(picked, normed, right, tuple(sums)) for picked, normed, right, sums in rows]
+
+    def needles(self, index: int, hidden: Sequence[Needle], book: str, *, length: int) -> list[Answer]:
+        from edgekit.evaluate.cache import text_digest
+        from edgekit.evaluate.choices import Answer
+        from edgekit.evaluate.needles import find_needles
+
+        def compute() -> list[list[Any]]:
+            scorer = self.scorer(index)
+            with progress(f"needles, {self.names[index]}", quiet=self._quiet) as advance:
+                found = find_needles(scorer, book, hidden, context=length, on_item=advance)
+            return [[each.picked, list(each.sums)] for each in found]
+
+        facts: dict[str, object] = {"needles": text_digest(repr(list(hidden))), "book": text_digest(book)}
+        rows = self._cached("needles", [index], facts | {"length": length}, compute)
+        return [Answer(picked, picked, 0, tuple(sums)) for picked, sums in rows]
 
     def safety(self, index: int) -> Any:
         from edgekit.evaluate.safety import Safety, load_sets, measure_safety

@@ -13,7 +13,7 @@ from edgekit.errors import UserError
 @click.command(short_help="Turn a model into a bundle that runs.")
 @click.argument("model")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@click.option("--target", help="portable, x86 or arm; default: this machine's, or the device's.")
+@click.option("--target", help="portable, x86, arm, npu-qnn or npu-openvino; default: by the device.")
 @click.option("-d", "--device", help="A device of edgekit devices, or a TOML file.")
 @click.option("--context", type=int, help="Tokens of context to allow for; default: the model's, at most 32768.")
 @click.option(
@@ -25,8 +25,9 @@ from edgekit.errors import UserError
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to fit sparse attention to; default: one that the model writes.",
+    help="Text to fit sparse attention or an NPU's ranges to; default: our own.",
 )
+@click.option("--wheelhouse", is_flag=True, help="Put all that an Arm device installs into its bundle.")
 @click.option("--force", is_flag=True, help="Replace the output folder.")
 @click.option("--accept-drift", is_flag=True, help="Write the bundle even when it does not agree with the checkpoint.")
 @json_option
@@ -41,6 +42,7 @@ def export(
     budget: int | None,
     dense_below: int | None,
     calibration: Path | None,
+    wheelhouse: bool,
     force: bool,
     accept_drift: bool,
     as_json: bool,
@@ -54,6 +56,7 @@ def export(
     from edgekit.evaluate.text import read_text
     from edgekit.export.encoder import export_encoder
     from edgekit.export.export import export as run
+    from edgekit.export.npu_export import export_npu
     from edgekit.export.sparse import SparseOptions
     from edgekit.export.targets import find_target, host_target, target_for
     from edgekit.model.encoder_config import is_encoder
@@ -62,11 +65,14 @@ def export(
 
     given = {"budget": budget, "dense_below": dense_below}
     options = {name: value for name, value in given.items() if value is not None}
-    if attention == "dense" and (options or calibration):
-        raise UserError("--budget, --dense-below and --calibration are for --attention sparse")
-    sparse = SparseOptions(**options) if attention == "sparse" else None
     chosen = load_device(device) if device else None
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
+    if attention == "dense" and (options or (calibration and not goal.provider)):
+        raise UserError("--budget, --dense-below and --calibration are for --attention sparse")
+    sparse = SparseOptions(**options) if attention == "sparse" else None
+    if wheelhouse and goal.arch != "aarch64":
+        raise UserError(f"--wheelhouse is for Arm devices: the target is {goal.name}")
+    text = read_text(calibration) if calibration else None
     with stages("opening the model", quiet=as_json) as tell:
         checkpoint = open_model(model, progress=tell)
         if is_encoder(checkpoint.config):
@@ -74,6 +80,20 @@ def export(
                 raise UserError("--context is for decoders: an encoder takes texts as long as it was trained for")
             manifest = export_encoder(
                 checkpoint, folder, target=goal, force=force, accept_drift=accept_drift, on_progress=tell
+            )
+        elif goal.provider:
+            if sparse is not None or rope_scaling is not None:
+                raise UserError("--attention sparse and --rope-scaling are not for an NPU")
+            manifest = export_npu(
+                checkpoint,
+                folder,
+                target=goal,
+                device=chosen,
+                context=context,
+                calibration=text,
+                force=force,
+                accept_drift=accept_drift,
+                on_progress=tell,
             )
         else:
             manifest = run(
@@ -84,7 +104,8 @@ def export(
                 context=context,
                 rope_scaling=_scaling(rope_scaling),
                 sparse=sparse,
-                calibration=read_text(calibration) if calibration else None,
+                calibration=text,
+                wheelhouse=wheelhouse,
                 force=force,
                 accept_drift=accept_drift,
                 on_progress=tell,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--optimizer", type=click.Choice(["adamw", "muon", "mano", "mano-v2"]), default="adamw", show_default=True
 )
-@click.option("--learning-rate", type=float, default=6e-4, show_default=True)
+@click.option("--learning-rate", type=float, default=8e-4, show_default=True)
 @click.option("--loss", type=click.Choice(["kl", "kl_top", "hidden", "lm"]), default="kl", show_default=True)
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of kl and kl_top.")
 @click.option(

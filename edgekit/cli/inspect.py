@@ -22,13 +22,19 @@ Row = tuple[str, int, int, str]  # module, out, in, how it is stored
 @click.command(short_help="Show what a model, checkpoint or bundle is made of.")
 @click.argument("model")
 @click.option("--entanglement", is_flag=True, help="Show how far each matrix could be cut (edgekit.tn.entanglement).")
+@click.option("--similarity", is_flag=True, help="Show how alike its layers are (edgekit.merge.similarity).")
 @click.option(
     "--calibration", type=click.Path(path_type=Path), multiple=True, help="With text: of what is really read."
 )
 @click.option("--map", "map_file", type=click.Path(path_type=Path), help="Write its heat map to a .png or .html file.")
 @json_option
 def inspect(
-    model: str, entanglement: bool, calibration: tuple[Path, ...], map_file: Path | None, as_json: bool
+    model: str,
+    entanglement: bool,
+    similarity: bool,
+    calibration: tuple[Path, ...],
+    map_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Show where MODEL comes from, what was done to it, and what it is made of.
 
@@ -38,8 +44,11 @@ def inspect(
     if entanglement:
         _inspect_entanglement(model, calibration, map_file, as_json=as_json)
         return
+    if similarity:
+        _inspect_similarity(model, calibration, map_file, as_json=as_json)
+        return
     if calibration or map_file:
-        raise click.UsageError("--calibration and --map belong to --entanglement")
+        raise click.UsageError("--calibration and --map belong to --entanglement and --similarity")
     from edgekit.manifest import NAME, Manifest
 
     ours = os.path.isfile(os.path.join(model, NAME))
@@ -129,6 +138,28 @@ def _inspect_entanglement(model: str, calibration: tuple[Path, ...], map_file: P
         numbers = (str(row.dimension), f"{row.entropy:.2f}", f"{row.effective_rank:.1f}", str(row.rank99))
         table.add_row(plain(row.module), row.cut, *numbers)
     output().print(table)
+
+
+def _inspect_similarity(model: str, calibration: tuple[Path, ...], map_file: Path | None, *, as_json: bool) -> None:
+    from edgekit.errors import UserError
+    from edgekit.merge.similarity_map import survey_similarity, write_similarity_map
+    from edgekit.model.sources import open_model
+
+    if not calibration:
+        raise UserError("layers are compared on a text: name one with --calibration")
+    with stages("opening the model", quiet=as_json) as tell:
+        checkpoint = open_model(model, progress=tell)
+        files = tuple(map(str, calibration))
+        tables = survey_similarity(checkpoint, files, report=lambda done, total: tell(f"layer {done} of {total}"))
+    if map_file is not None:
+        write_similarity_map(tables, map_file, title=f"Similarity of the layers of {checkpoint.source.name}")
+    if as_json:
+        print_json({"similarity": {measure: table.tolist() for measure, table in tables.items()}})
+        return
+    _print(f"{'layers':<10}" + "".join(f"{measure:>14}" for measure in tables))
+    for second in range(1, checkpoint.decoder.layers):
+        values = "".join(f"{table[second - 1, second]:>14.4f}" for table in tables.values())
+        _print(f"{second - 1:>3} {second:>3}   {values}")
 
 
 def _matrices(checkpoint: Checkpoint) -> list[Row]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgekit.assistant.index import Index
     from edgekit.assistant.update import Changes
     from edgekit.runtime.embeddings import Embedder
+    from edgekit.runtime.prefix import Prefixes
 
 F = TypeVar("F", bound=Callable[..., Any])
 EMBEDDER = "minilm-l6"
@@ -53,6 +54,13 @@ def open_knowledge(docs: Path, embedder: Embedder, *, quiet: bool = False) -> tu
     index = Index.open(path, embedder, create=True)
     with progress("reading documents", quiet=quiet) as tell:
         return index, update(index, docs, on_progress=tell)
+
+
+def open_prefixes() -> Prefixes:
+    """What the model has read of whole documents, kept in the cache."""
+    from edgekit.runtime.prefix import Prefixes
+
+    return Prefixes(_cache() / "prefixes")
 
 
 def _cache() -> Path:

@@ -23,6 +23,7 @@ FORMATS = (".json", ".csv", ".md", ".html")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--on", "hosts", multiple=True, metavar="HOST",
               help="Measure there: ssh://[USER@]HOST[:PORT] or adb://SERIAL. May be given several times.")  # fmt: skip
+@click.option("--stay", is_flag=True, help="With --on: leave edgekit and its packages there for the next time.")
 @click.option("-o", "--output", "saved", type=click.Path(path_type=Path), multiple=True,
               help="Save the report; .json (for compare), .csv, .md or .html. May be given several times.")  # fmt: skip
 @click.option("--trace", type=click.Path(path_type=Path), help="Save the operators' times for Perfetto.")
@@ -46,7 +47,13 @@ FORMATS = (".json", ".csv", ".md", ".html")
 @click.option("--dim", "dims", multiple=True, help="Size of a named dimension of an ONNX model, as height=320.")
 @json_option
 def profile(
-    bundle: Path, hosts: tuple[str, ...], saved: tuple[Path, ...], trace: Path | None, as_json: bool, **given: Any
+    bundle: Path,
+    hosts: tuple[str, ...],
+    stay: bool,
+    saved: tuple[Path, ...],
+    trace: Path | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Measure BUNDLE, or an ONNX file with made-up inputs: rates, time to first token, memory, energy, what bounds it.
 
@@ -60,8 +67,10 @@ def profile(
         if path.suffix not in FORMATS:
             raise UserError(f"-o must end in {', '.join(FORMATS)}: got {path}")
     options = make_options(given)
+    if stay and not hosts:
+        raise UserError("--stay is for other machines: pass --on as well")
     if hosts:
-        _profile_there(hosts, bundle, options, saved=saved, trace=trace, as_json=as_json)
+        _profile_there(hosts, bundle, options, stay=stay, saved=saved, trace=trace, as_json=as_json)
         return
     with progress("measuring", quiet=as_json) as advance:
         if bundle.suffix == ".onnx" and not bundle.is_dir():
@@ -94,6 +103,7 @@ def _profile_there(
     bundle: Path,
     options: Options,
     *,
+    stay: bool,
     saved: tuple[Path, ...],
     trace: Path | None,
     as_json: bool,
@@ -111,7 +121,7 @@ def _profile_there(
             doing[host] = stage
             show("   ".join(f"{name}: {what}" for name, what in doing.items()))
 
-        outcomes = profile_on(hosts, bundle, options, tell=tell)
+        outcomes = profile_on(hosts, bundle, options, stay=stay, tell=tell)
     reports = {outcome.host: outcome.report for outcome in outcomes if outcome.report}
     if as_json:
         click.echo(json.dumps({host: json.loads(report.to_json()) for host, report in reports.items()}, indent=1))

@@ -33,6 +33,13 @@ def sampling_options(command: F) -> F:
         click.option("--context", type=int, help="Tokens of context to make room for; default: the bundle's."),
         click.option("--threads", type=int, help="Default: the cores that this machine has for it."),
         click.option("--budget", type=int, help="Positions attended to exactly, with sparse attention."),
+        click.option(
+            "--processor",
+            type=click.Choice(["auto", "npu", "cpu"]),
+            default="auto",
+            show_default=True,
+            help="Where a bundle for an NPU runs.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -63,12 +70,11 @@ def run(
     \b
     edgekit run small.x86 "What is the capital of France?"
     """
-    from edgekit.runtime.session import Session
     from edgekit.runtime.template import Message
 
     text = _standard_input() if prompt == "-" else prompt
     sampling = make_sampling(options)
-    session = Session.open(bundle, context=options["context"], threads=options["threads"], budget=options["budget"])
+    session = open_session(bundle, options)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     plain = raw or session.template is None or not text  # no text is an error that encode() explains
@@ -99,6 +105,17 @@ def run(
     finally:
         click.echo()  # also when it is interrupted or fails: what comes next begins its own line
     mention_cut(answer)
+
+
+def open_session(bundle: Path, options: dict[str, Any]) -> Session:
+    """A session by the options of `sampling_options`. Where it runs, if not on what it is for, goes to stderr."""
+    from edgekit.runtime.session import Session
+
+    names = ("context", "threads", "budget", "processor")
+    session = Session.open(bundle, **{name: options[name] for name in names})
+    if reason := session.engine.reason:
+        click.echo(f"[runs on {session.engine.kernels.removesuffix(f' ({reason})')}: {reason}]", err=True)
+    return session
 
 
 def mention_cut(answer: Generation) -> None:

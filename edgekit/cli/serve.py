@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgekit.cli.knowledge import EMBEDDER, embedder_option, open_embedder, open_knowledge
+from edgekit.cli.knowledge import EMBEDDER, embedder_option, open_embedder, open_knowledge, open_prefixes
 from edgekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def serve(
 ) -> None:
     """Serve BUNDLE on this machine: /v1/chat/completions and its like, and a chat page in the browser.
 
+    Where BUNDLE is a link, such as the `current` of edgekit deploy, the server goes over to what it leads to later.
+
     \b
     edgekit serve small.x86 --docs manuals
     """
@@ -77,8 +80,9 @@ def serve(
         raise UserError('serving needs starlette and uvicorn: pip install "edgekit[assistant]"') from problem
     from edgekit.assistant.answer import Assistant
     from edgekit.assistant.filter import Filter, load_policy
+    from edgekit.assistant.follow import Follower
     from edgekit.assistant.queue import Line
-    from edgekit.assistant.server import Settings, make_app
+    from edgekit.assistant.server import App, Settings, guarded
     from edgekit.assistant.server_chat import Model
     from edgekit.assistant.server_guard import is_loopback, new_token, refuse_open_server
     from edgekit.assistant.server_listen import serve as listen
@@ -98,8 +102,7 @@ def serve(
     wanted = embedder is not None or docs is not None or (rules is not None and any(r.examples for r in rules.rules))
     encoder = open_embedder(embedder, threads=threads) if wanted else None
     content_filter = Filter(rules, encoder) if rules is not None else None
-    session = Session.open(bundle, context=context, threads=threads)
-    tools, assistant = [CALCULATOR, clock()], None
+    tools, index, switch = [CALCULATOR, clock()], None, None
     if docs is not None:
         assert encoder is not None
         from edgekit.assistant.search import search
@@ -109,22 +112,39 @@ def serve(
         for skipped in changes.skipped if changes else ():
             click.echo(f"[left out: {plain(skipped.path)}: {plain(skipped.reason)}]", err=True)
         switch = Switch.open(router, index) if router is not None else None
-        assistant = Assistant(session, index, router=switch, content_filter=content_filter, style=style)  # type: ignore[arg-type]
         tools.append(
             search_tool(lambda query: [(p.document, p.heading, p.text) for p in search(index, query).passages])
         )
-    model = Model(
-        name=bundle.resolve().name,
-        session=session,
-        meter=meter,
-        metrics=Metrics(),
-        max_tokens=max_tokens,
-        assistant=assistant,
-        content_filter=content_filter,
-        embedder=encoder,
-        embedder_name="" if encoder is None else EMBEDDER if embedder is None else embedder.resolve().name,
-        tools=tools,
-    )
+    metrics = Metrics()
+
+    def opened(folder: Path) -> Model:
+        session = Session.open(folder, context=context, threads=threads)
+        assistant = None
+        if index is not None:
+            assistant = Assistant(
+                session,
+                index,
+                router=switch,
+                content_filter=content_filter,
+                style=style,  # type: ignore[arg-type]
+                prefixes=open_prefixes(),
+            )
+        return Model(
+            name=bundle.name if followed else bundle.resolve().name,  # a name that lasts
+            session=session,
+            meter=meter,
+            metrics=metrics,
+            max_tokens=max_tokens,
+            assistant=assistant,
+            content_filter=content_filter,
+            embedder=encoder,
+            embedder_name="" if encoder is None else EMBEDDER if embedder is None else embedder.resolve().name,
+            tools=tools,
+        )
+
+    followed = bundle.is_symlink()
+    release = bundle.resolve() if followed else bundle
+    model = opened(release)
     everywhere = host in ("0.0.0.0", "::")  # noqa: S104
     here = socket.gethostname()
     names = (*allow_host, *((here, f"{here}.local") if everywhere else () if is_loopback(host) else (host,)))
@@ -137,7 +157,16 @@ def serve(
         click.echo(f"OpenAI's interface: {address}v1 (models: {', '.join(model.names)}); Ctrl-C ends", err=True)
 
     with Line(waiting=waiting) as line:
-        listen(make_app(model, line, records=records, settings=settings), host=host, port=port, started=started)
+        app = App(model, line, records, settings)
+
+        def use(model: Model) -> None:
+            app.model = model
+
+        def say(what: str) -> None:
+            click.echo(plain(f"[{model.name}: {what}]"), err=True)
+
+        with Follower(bundle, release, opened=opened, use=use, say=say) if followed else nullcontext():
+            listen(guarded(app), host=host, port=port, started=started)
 
 
 def _meter(power: str) -> Meter:

@@ -15,6 +15,7 @@ Not supported: file systems without links; a store shared by machines (its lock 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,12 +28,13 @@ from typing import Literal
 
 from edgekit.bundle import SPEC
 from edgekit.deploy.signing import SIGNATURE, public_key, verify
-from edgekit.errors import EdgekitError, ModelError, UserError
+from edgekit.errors import ModelError, UserError
 from edgekit.folder import digest, explain_write_errors, inside, sync, write_file
 from edgekit.manifest import NAME, Manifest, now
 from edgekit.schema import parse
 
 CURRENT = "current"
+BACK = ".current.back"  # where a trial leads back to
 HISTORY = "history.jsonl"
 ID_LENGTH = 32
 KEEP = 3  # releases that garbage collection leaves, the current one among them
@@ -200,11 +202,14 @@ class Store:
             self._go_back(events[-1], "killed before its health check ended")
 
     def _go_back(self, trial: Event, why: str) -> None:
-        if trial.previous:
-            self._point_to(trial.previous)
-        else:
+        """To what was current before. That needs no room on the disk: the link was laid before the trial."""
+        if not trial.previous:
             (self.path / CURRENT).unlink(missing_ok=True)
-            sync(self.path)
+        elif os.path.lexists(self.path / BACK):
+            (self.path / BACK).replace(self.path / CURRENT)
+        else:
+            self._point_to(trial.previous)
+        sync(self.path)
         self._note(Event(now(), "failed", trial.release, trial.name, trial.previous, why[:200]))
 
     def _verified(self, folder: Path) -> Manifest:
@@ -260,19 +265,19 @@ class Store:
         for path in [path for path in work.rglob("*") if path.is_dir()] + [work]:
             sync(path)
         watch("publish")
-        if target.exists():  # deployed before; its links may lead to a damaged object, the new ones do not
-            old = target.with_name(f".{release}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            current = self.current()
-            if current is not None and current.name == release:
+        if target.exists():  # deployed before
+            if (bundle / SIGNATURE).is_file():
+                write_file(target / SIGNATURE, (bundle / SIGNATURE).read_bytes())
+            try:
                 self._verified(target)
+            except ModelError:  # its links lead to a damaged object, the new ones do not
+                current = self.current()
+                if current is not None and current.name == release:
+                    raise
+                shutil.rmtree(target)
+                work.rename(target)
+            else:
                 shutil.rmtree(work)
-                if (bundle / SIGNATURE).is_file():
-                    write_file(target / SIGNATURE, (bundle / SIGNATURE).read_bytes())
-                return target
-            target.rename(old)
-            work.rename(target)
-            shutil.rmtree(old)
         else:
             work.rename(target)
         sync(target.parent)
@@ -291,19 +296,24 @@ class Store:
         previous = current.name if current is not None else ""
         trial = Event(now(), "trial", release, name, previous)
         watch("trial")
+        (self.path / BACK).unlink(missing_ok=True)
+        if previous:
+            (self.path / BACK).symlink_to(Path("releases") / previous)
         self._note(trial)
-        watch("switch")
-        self._point_to(release)
-        watch("health")
-        if health is not None:
-            try:
+        try:
+            watch("switch")
+            self._point_to(release)
+            watch("health")
+            if health is not None:
                 health(self.path / "releases" / release)
-            except EdgekitError as problem:
-                self._go_back(trial, str(problem))
-                raise
-        watch("note")
-        self._note(Event(now(), event, release, name, previous))
+            watch("note")
+            self._note(Event(now(), event, release, name, previous))
+        except BaseException as problem:  # an interrupt and a full disk too
+            with contextlib.suppress(OSError):  # what is left undone, the next command does
+                self._go_back(trial, str(problem) or "interrupted")
+            raise
         watch("done")
+        (self.path / BACK).unlink(missing_ok=True)
 
     def _point_to(self, release: str) -> None:
         link = self.path / f".{CURRENT}.new"
@@ -313,10 +323,17 @@ class Store:
         sync(self.path)
 
     def _note(self, event: Event) -> None:
-        with (self.path / HISTORY).open("ab") as stream:
-            stream.write((json.dumps(asdict(event)) + "\n").encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Append a line, whole or not at all."""
+        line = (json.dumps(asdict(event)) + "\n").encode()
+        with (self.path / HISTORY).open("ab", buffering=0) as stream:
+            size = stream.tell()
+            try:
+                if stream.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(stream.fileno())
+            except OSError:
+                os.ftruncate(stream.fileno(), size)
+                raise
 
     def _good(self) -> list[str]:
         """Releases that were current and well, each once, the latest last, of those that are still here."""

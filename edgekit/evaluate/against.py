@@ -8,9 +8,18 @@ from dataclasses import dataclass
 
 from edgekit.evaluate.choices import Answer, Item
 from edgekit.evaluate.divergence import Divergence
-from edgekit.evaluate.paired import PairedMean, PairedShare, compare_answers
+from edgekit.evaluate.paired import (
+    SIGNIFICANT,
+    PairedMean,
+    PairedShare,
+    compare_answers,
+    mean_interval,
+    smooth_changes,
+    t_test,
+)
 from edgekit.report import Measurement, Row, Table
 
+NOTE = "lost: right under A alone; changed: other choices; smooth: answers near a tie count in part"
 MARGIN = 2.0  # points: what "no worse" allows where nobody says
 
 
@@ -27,12 +36,22 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """B against A on one file of questions: by likelihood, and by likelihood over bytes."""
+    """B against A on one file of questions: by likelihood, and by likelihood over bytes.
+
+    `smooth` is what smooth accuracy changed by, B - A in points, `smooth_p` its p-value.
+    """
 
     task: str
     plain: PairedShare
     by_bytes: PairedShare
+    smooth: PairedMean
+    smooth_p: float
     worst: tuple[Example, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the two models differ by more than chance, at 95%: by the sharper of the tests."""
+        return self.smooth_p < SIGNIFICANT
 
 
 def compare_task(
@@ -45,6 +64,7 @@ def compare_task(
         if before.right and not answer.right
     ]
     spoiled.sort(key=lambda found: -found[0])
+    changes = smooth_changes([x.sums for x in a], [y.sums for y in b], [x.answer for x in a])
     return TaskComparison(
         task,
         compare_answers(
@@ -57,6 +77,8 @@ def compare_task(
             [answer.right_norm for answer in b],
             changed=sum(x.picked_norm != y.picked_norm for x, y in zip(a, b, strict=True)),
         ),
+        mean_interval(changes),
+        t_test(changes),
         tuple(
             Example(task, item.context, item.choices[item.answer], _chosen(item, answer), margin)
             for margin, item, answer in spoiled[:examples]
@@ -78,7 +100,7 @@ def rows_of_task(found: TaskComparison, *, within: float) -> list[Measurement]:
                 f"{label} difference, {found.task}", share.difference, "points", n=share.n, spread=half, note=note
             ),
             Measurement(f"{label} worst case, {found.task}", share.worst, "points", n=share.n, note="one-sided 95%"),
-            Measurement(f"{label} p-value, {found.task}", share.p_value, "", n=share.flips, note="McNemar, mid-p"),
+            Measurement(f"{label} p-value, {found.task}", share.p_value, "", n=share.flips, note="McNemar, exact"),
             Measurement(
                 f"{label} flips, {found.task}",
                 100 * share.flips / share.n,
@@ -87,6 +109,13 @@ def rows_of_task(found: TaskComparison, *, within: float) -> list[Measurement]:
                 note=f"{share.lost} lost, {share.gained} gained, {share.changed} others; {verdict} within {within:g}",
             ),
         ]
+    smooth, n, note = found.smooth, found.smooth.n, "sharper: answers near a tie count in part"
+    rows += [
+        Measurement(
+            f"smooth accuracy difference, {found.task}", smooth.mean, "points", n=n, spread=_half(smooth), note=note
+        ),
+        Measurement(f"smooth accuracy p-value, {found.task}", found.smooth_p, "", n=n, note="paired t"),
+    ]
     return rows
 
 
@@ -106,7 +135,7 @@ def rows_of_divergence(name: str, found: Divergence) -> list[Measurement]:
 
 
 def table_of_tasks(found: Sequence[TaskComparison]) -> Table:
-    """One line a task: A, B, difference, interval, p, flips."""
+    """One line a task: A, B, difference, interval, p, flips, and smooth accuracy."""
     rows = [
         Row(
             task.task,
@@ -120,12 +149,14 @@ def table_of_tasks(found: Sequence[TaskComparison]) -> Table:
                 float(task.plain.lost),
                 float(task.plain.gained),
                 float(task.plain.changed),
+                task.smooth.mean,
+                task.smooth_p,
             ),
         )
         for task in found
     ]
-    columns = ("A, %", "B, %", "B - A", "95% low", "95% high", "p", "lost", "gained", "changed")
-    return Table("task", columns, tuple(rows), note="lost: right under A alone; changed: other choices, right or wrong")
+    columns = ("A, %", "B, %", "B - A", "95% low", "95% high", "p", "lost", "gained", "changed", "smooth B - A", "p")
+    return Table("task", columns, tuple(rows), note=NOTE)
 
 
 def verdict_of(tasks: Sequence[TaskComparison], *, within: float) -> str:

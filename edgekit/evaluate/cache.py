@@ -2,7 +2,7 @@
 
 A key holds the model's digest, the texts' digests, the options and the versions that compute; change one and it is
 another result. Kept in $EDGEKIT_CACHE/eval, else $XDG_CACHE_HOME/edgekit/eval, else ~/.cache/edgekit/eval. A file that
-cannot be read counts as absent, and a cache that cannot be written is said so once and is no reason to fail.
+cannot be read counts as absent. A cache that cannot be written is no reason to fail, but whoever asks is told.
 """
 
 from __future__ import annotations
@@ -22,8 +22,17 @@ from edgekit.manifest import NAME, Manifest, versions
 ASIDE = ("report.json", "MODEL_CARD.md")  # of a folder's files, those that no result depends on
 
 
-def cached(key: Mapping[str, object], compute: Callable[[], Any], *, fresh: bool = False) -> Any:
-    """What `compute` gives, JSON data, from the cache where it is known; `fresh` computes it anew."""
+def cached(
+    key: Mapping[str, object],
+    compute: Callable[[], Any],
+    *,
+    fresh: bool = False,
+    on_trouble: Callable[[str], None] = lambda why: None,
+) -> Any:
+    """What `compute` gives, JSON data, from the cache where it is known; `fresh` computes it anew.
+
+    `on_trouble` is told why the result could not be kept.
+    """
     path = folder() / f"{_digest(dict(key) | {'versions': _versions()})}.json"
     if not fresh:
         try:
@@ -34,8 +43,8 @@ def cached(key: Mapping[str, object], compute: Callable[[], Any], *, fresh: bool
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps({"key": dict(key), "result": result}, ensure_ascii=False).encode())
-    except OSError:  # a read-only home: the result is as good without the cache
-        pass
+    except OSError as problem:  # a read-only home: the result is as good without the cache
+        on_trouble(f"results are not kept: {path.parent} ({problem.strerror})")
     return result
 
 

@@ -166,7 +166,7 @@ def score(scorer: Scorer, context: str, continuation: str) -> tuple[float, bool]
             f"a choice must fit in the context of {limit} tokens: {continuation[:40]!r}... has {len(targets)}"
         )
     inputs = whole[-limit - 1 : -1]
-    shared = min(_common(scorer.model.tokens, inputs), len(inputs) - len(targets))
+    shared = min(common(scorer.model.tokens, inputs), len(inputs) - len(targets))
     scorer.model.rewind(shared)
     logits = scorer.model.forward(inputs[shared:], keep=len(targets))
     greedy = bool((logits.argmax(-1) == np.asarray(targets)).all())
@@ -176,7 +176,8 @@ def score(scorer: Scorer, context: str, continuation: str) -> tuple[float, bool]
     return likelihood, greedy
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

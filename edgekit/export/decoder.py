@@ -21,17 +21,23 @@ from edgekit.export.parts import Parts
 
 
 def build_decoder(
-    checkpoint: Checkpoint, folder: Path, *, context: int, integer_bits: Collection[int]
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    context: int,
+    integer_bits: Collection[int],
+    exact_layers: Collection[int] = (),
 ) -> tuple[LayerCache, ...]:
     """Write model.onnx and its weights into `folder`; returns each layer's cache.
 
     `context` is the number of positions that the rotary tables cover. Quantised matrices of `integer_bits` multiply in
-    integers, with activations rounded to 8 bits; others multiply in float32.
+    integers, with activations rounded to 8 bits; others, and those of `exact_layers` (the head counts as one more
+    layer), multiply in float32.
     Raises ModelError for weights that are missing or do not fit each other.
     """
     caches = layer_caches(checkpoint)
     with Graph(folder) as graph:
-        parts = Parts(checkpoint, graph, integer_bits=integer_bits)
+        parts = Parts(checkpoint, graph, integer_bits=integer_bits, exact_layers=exact_layers)
         parts.rotary_tables(context)
         _Decoder(parts).build(caches)
     return caches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from edgekit.errors import ModelError, UserError
 from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
-from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
+from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, DriftError, check_parity, most_sensitive
 from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyCode, SparseOptions, calibrate, written_text
+from edgekit.export.starter import add_starter
 from edgekit.export.stock import stock_bits
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
@@ -29,6 +31,9 @@ from edgekit.manifest import Manifest
 from edgekit.model.config import stretched
 from edgekit.report import Measurement
 from edgekit.runtime.engine import Engine
+from edgekit.runtime.fit import fit as predict
+from edgekit.runtime.fit import spec_footprint
+from edgekit.runtime.static import Decoder
 from edgekit.runtime.text import whole
 
 PACKING = 1.2  # onnxruntime's packed copy of quantised weights holds block sums beside codes and scales (docs/log.md)
@@ -46,6 +51,7 @@ def export(
     rope_scaling: tuple[str, float] | None = None,
     sparse: SparseOptions | None = None,
     calibration: str | None = None,
+    wheelhouse: bool = False,
     force: bool = False,
     accept_drift: bool = False,
     on_progress: Callable[[str], None] = lambda stage: None,
@@ -97,34 +103,75 @@ def export(
             vocabulary=config.vocabulary,
             context_length=longest,
             layers=layers,
-            eos_ids=_eos_ids(checkpoint),
-            resident_bytes=(folder / WEIGHTS).stat().st_size if native else _packed_bytes(checkpoint),
-            activation_bytes=_activation_bytes(checkpoint),
+            eos_ids=eos_ids(checkpoint),
+            resident_bytes=(folder / WEIGHTS).stat().st_size + 4 * longest * config.head_dim  # the rotary tables
+            if native
+            else _packed_bytes(checkpoint),
+            activation_bytes=activation_bytes(checkpoint),
             operators="edgekit" if native else "stock",
             budget=sparse.budget if sparse else None,
+            decode_threads=device.decode_threads if device else None,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
             (folder / name).write_bytes(content)
         on_progress("checking it against the NumPy forward")
-        measured = _check(
+        check = functools.partial(
+            _check,
             original,
             folder,
             spec,
             products=_products(checkpoint, target, native=native),
             accept_drift=accept_drift,
         )
+        try:
+            measured = check()
+        except DriftError:
+            if native or not target.integer_bits:
+                raise
+            on_progress("finding layers that need float32 activations")
+            build = functools.partial(
+                build_decoder, checkpoint, folder, context=longest, integer_bits=target.integer_bits
+            )
+            measured = _fall_back(original, build, check)
         if rope_scaling is not None:
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
         measured = (*measured, *decided)
+        if target.arch == "aarch64":
+            on_progress("packing what starts it on the device")
+            measured = (*measured, *_starter(folder, spec, device, wheelhouse=wheelhouse))
         on_progress("writing digests")
         return write_manifest(checkpoint, folder, measured)
 
 
+def _starter(folder: Path, spec: DecoderSpec, device: Device | None, *, wheelhouse: bool) -> tuple[Measurement, ...]:
+    """Add run.sh and wheels, and predict how the bundle fits on the device, which is planned for and not refused."""
+    rows: list[Measurement] = []
+    try:
+        add_starter(folder, wheelhouse=wheelhouse)
+    except UserError as problem:
+        if wheelhouse:
+            raise
+        rows.append(Measurement("starter", None, "", note=f"no run.sh and no kernels inside: {problem}"))
+    if device is not None:
+        if device.threads is not None:
+            decode = min(device.threads, spec.decode_threads or device.threads)
+            note = f"of {device.title}, little cores left out; {decode} of them decode"
+            rows.append(Measurement("plan: threads", float(device.threads), "", how="predicted", note=note))
+        for size in sorted(device.ram_options_gb):
+            plan = predict(spec_footprint(spec, folder), device, ram_gb=size)
+            room = f"fits, up to {plan.largest_context} tokens" if plan.fits else plan.what_would_fit()
+            note = f"{spec.context_length} tokens of context, {size:g} GB: {room}"
+            rows.append(
+                Measurement(f"plan: memory with {size:g} GB", plan.needed_bytes / 1e6, "MB", "predicted", note=note)
+            )
+    return tuple(rows)
+
+
 def _key_codes(checkpoint: Checkpoint, folder: Path, context: int, text: str | None) -> list[KeyCode]:
     """Calibrate on a text, or on one that the exact graph writes, which is built in `folder` and taken away again."""
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = open_tokenizer(checkpoint)
     if text is not None:
         return calibrate(checkpoint, tokenizer.encode(text).ids[: min(context, TOKENS)], context=context)
     tokens = min(context, WRITTEN)
@@ -151,20 +198,54 @@ def _key_codes(checkpoint: Checkpoint, folder: Path, context: int, text: str | N
 def _check(
     checkpoint: Checkpoint, folder: Path, spec: DecoderSpec, *, products: str, accept_drift: bool
 ) -> tuple[Measurement, ...]:
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = open_tokenizer(checkpoint)
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= spec.vocabulary:
         raise ModelError(f"token ids must be below the embedding's {spec.vocabulary} rows: the tokenizer has {highest}")
     context = min(spec.context_length, 2 * CHECKED)
-    sequences = [ids[: min(CHECKED, context)] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
-    if not sequences:
-        raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
+    sequences = _sequences(tokenizer, min(CHECKED, context))
     engine = Engine(folder / MODEL, spec, context=context, threads=1)
     bounds = BOUNDS[products]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
     parity = check_parity(checkpoint, engine, sequences, bounds=bounds)
-    return (*parity, _sentence(engine, tokenizer, sequences[0]))
+    return (*parity, sentence(engine, tokenizer, sequences[0]))
+
+
+def _fall_back(
+    checkpoint: Checkpoint,
+    build: Callable[..., object],
+    check: Callable[[], tuple[Measurement, ...]],
+) -> tuple[Measurement, ...]:
+    """The graph built anew with as few layers in float32 as it takes to pass, the most sensitive ones first.
+
+    Their number doubles from one. What `check` measured, and which layers. Raises DriftError: not even all suffice.
+    """
+    order = most_sensitive(
+        checkpoint, _sequences(open_tokenizer(checkpoint), min(CHECKED, checkpoint.decoder.context_length))
+    )
+    count = 1
+    while True:
+        chosen = order[:count]
+        build(exact_layers=chosen)
+        try:
+            measured = check()
+            break
+        except DriftError:
+            if count == len(order):
+                raise
+            count = min(2 * count, len(order))
+    names = ["the head" if layer == checkpoint.decoder.layers else f"layer {layer}" for layer in sorted(chosen)]
+    note = f"8-bit activations there flip tokens: {', '.join(names)}"
+    return (*measured, Measurement("layers with float32 activations", len(chosen), "", n=len(order), note=note))
+
+
+def _sequences(tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    """The prompts that are compared, of at most `most` tokens. Raises ModelError: the tokenizer makes none."""
+    found = [ids[:most] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
+    if not found:
+        raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
+    return found
 
 
 def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:
@@ -178,7 +259,7 @@ def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:
     return "int8" if integers else "float32"
 
 
-def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measurement:
+def sentence(engine: Decoder, tokenizer: Tokenizer, prompt: list[int]) -> Measurement:
     """Generate 16 tokens greedily: a person reading the report sees at once whether the model still speaks."""
     ids = list(prompt[: max(1, engine.context - 16)])
     count = len(ids)
@@ -192,7 +273,7 @@ def _sentence(engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> Measur
     return Measurement("sample: distinct tokens", distinct * 100, "%", n=len(ids) - count, note=note)
 
 
-def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """End tokens: generation_config.json decides where there is one, then config.json."""
     raw = checkpoint.assets.get("generation_config.json", b"{}")
     try:
@@ -207,7 +288,7 @@ def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     return found
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     try:
         return whole(Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode()))
     except Exception as problem:  # the library raises plain Exception
@@ -235,7 +316,7 @@ def _packed_bytes(checkpoint: Checkpoint) -> int:
     return int(total)
 
 
-def _activation_bytes(checkpoint: Checkpoint) -> int:
+def activation_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of one token's activations in the widest layer: the residual stream, q, k, v and the MLP."""
     widest = 0
     for index in range(checkpoint.decoder.layers):

@@ -1,6 +1,7 @@
 """A small builder for ONNX graphs whose weights stream to a file beside the model.
 
-Each constant is written once, at a page boundary, so that a runtime can map it; two names may share one place.
+Each constant is written once, at a cache line's boundary; two names may share one place. onnxruntime maps the pages
+around a constant, wherever it begins.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgekit.bundle import MODEL, WEIGHTS
 
 OPSET = 21
 IR_VERSION = 10
-PAGE = 4096
+ALIGNMENT = 64  # of constants in the file: a cache line, and the widest register
 INLINE_BYTES = 1024  # smaller constants stay in the model file, where shape inference can see them
 
 
@@ -49,11 +50,15 @@ class Graph:
         if values.nbytes <= INLINE_BYTES:
             self._constants[name] = onnx.numpy_helper.from_array(values, name)
             return name
-        self._data.write(b"\0" * (-self._data.tell() % PAGE))
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
         self._data.write(values.data)
         self._constants[name] = _external(name, kind, values.shape, offset, values.nbytes)
         return name
+
+    def flush(self) -> None:
+        """Bring what was written so far to the disk, so that a saved graph can be run while others are still built."""
+        self._data.flush()
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a constant of this name."""
@@ -103,16 +108,23 @@ class Graph:
         *,
         title: str,
         functions: Sequence[onnx.FunctionProto] = (),
+        file: str = MODEL,
     ) -> None:
-        """Write the model file and close the weights. `functions` define operators of domains beyond the stock ones."""
-        self._data.close()
-        graph = helper.make_graph(self._nodes, title, inputs, outputs, initializer=list(self._constants.values()))
+        """Write the model file. `functions` define operators of domains beyond the stock ones.
+
+        Another graph may follow, whose `file` shares the constants: nodes begin anew.
+        """
+        self._data.flush()
+        read = {name for node in self._nodes for name in node.input}
+        kept = [constant for name, constant in self._constants.items() if name in read]
+        graph = helper.make_graph(self._nodes, title, inputs, outputs, initializer=kept)
         domains = {"": OPSET, "com.microsoft": 1, **{function.domain: 1 for function in functions}}
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
         model = helper.make_model(
             graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="edgekit"
         )
-        (self._folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+        (self._folder / file).write_bytes(model.SerializeToString(deterministic=True))
+        self._nodes = []
 
 
 def _external(name: str, kind: int, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:

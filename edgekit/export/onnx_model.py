@@ -81,14 +81,14 @@ def quantize_file(
     Raises UserError: no such file, or calibration that does not fit the model's inputs. ModelError: no ONNX model, one
     that onnxruntime cannot run or quantise, nothing in it to quantise, or outputs that are no longer finite.
     """
-    model = _load(source)
+    model = load_plain(source)
     before = _size_bytes(source, model)
     if before > LARGEST:
         raise UserError(
             f"an ONNX file must be below {LARGEST / 1e9:.0f} GB to be quantised: {source} has {before} bytes"
         )
     kind: Literal["dynamic", "static"] = "static" if calibration else "dynamic"
-    feeds = _checked(calibration, source) if calibration else _random_feeds(source)
+    feeds = feeds_for(source, calibration)
     with new_folder(output, force=force) as folder:
         clock = time.perf_counter()
         changed = _quantize(source, folder / MODEL, calibration)
@@ -111,7 +111,9 @@ def quantize_file(
     return manifest
 
 
-def _load(source: Path) -> onnx.ModelProto:
+def load_plain(source: Path) -> onnx.ModelProto:
+    """The checked model without its external data. Raises UserError: no such file; ModelError: no whole model, weights
+    outside its folder, or quantised already."""
     if not source.is_file():
         raise UserError(f"an ONNX model must be a file: there is no {source}")
     try:
@@ -264,6 +266,11 @@ _KINDS: dict[str, type[np.generic]] = {
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
+
+
+def feeds_for(source: Path, calibration: Calibration | None) -> list[Feed]:
+    """Inputs for a model: the samples of `calibration`, or random ones. Raises UserError: samples that do not fit."""
+    return _checked(calibration, source) if calibration else _random_feeds(source)
 
 
 def _checked(calibration: Calibration, source: Path) -> list[Feed]:

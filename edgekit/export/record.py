@@ -36,6 +36,7 @@ def write_manifest(checkpoint: Checkpoint, folder: Path, measured: tuple[Measure
         created=now(),
     )
     write_file(folder / CARD, card_text(unfinished).encode())
-    manifest = replace(unfinished, files=record_files(folder, [path.name for path in folder.iterdir()]))
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    manifest = replace(unfinished, files=record_files(folder, names))
     manifest.save(folder)
     return manifest

@@ -10,7 +10,7 @@ from edgekit.device import Device
 from edgekit.errors import UserError
 from edgekit.schema import nearest
 
-TargetName = Literal["portable", "x86", "arm"]
+TargetName = Literal["portable", "x86", "arm", "npu-qnn", "npu-openvino"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Target:
     `native`: through our own operators, where the model is quantised and their kernels are at hand. `integer_bits`: the
     widths of quantised matrices that stock operators multiply in integers, several times faster where the processor has
     8-bit dot products, at a small loss that the parity check measures. 8-bit matrices always do: in float32 onnxruntime
-    unpacks them anew for every token.
+    unpacks them anew for every token. `provider` is set where an accelerator runs graphs of fixed shapes.
     """
 
     name: TargetName
@@ -28,12 +28,15 @@ class Target:
     device: str
     native: bool
     integer_bits: tuple[int, ...]
+    provider: Literal["", "qnn", "openvino"] = ""
 
 
 TARGETS: dict[str, Target] = {
     "portable": Target("portable", "any", "", native=False, integer_bits=(8,)),
     "x86": Target("x86", "x86_64", "generic-x86", native=True, integer_bits=(4, 8)),
     "arm": Target("arm", "aarch64", "pi5", native=True, integer_bits=(4, 8)),
+    "npu-qnn": Target("npu-qnn", "any", "", native=False, integer_bits=(), provider="qnn"),
+    "npu-openvino": Target("npu-openvino", "any", "", native=False, integer_bits=(), provider="openvino"),
 }
 
 

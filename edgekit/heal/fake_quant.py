@@ -32,17 +32,20 @@ from edgekit.errors import ModelError, UserError
 from edgekit.weight import BITS, Quantized, pack, unpack
 
 Offset = Literal["zero", "minimum", "none"]
+Scales = Literal["float16", "int8"]
+HEADROOM = 1.25  # of a row's 8-bit scales at first, for those that grow
 SMALLEST_FACTOR = 0.02  # of its first value, below which no scale falls
 SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # of a block's whole range, tried for its first scale
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The grid of one matrix: `bits` a code, `block` columns a scale, and what offset a block has."""
+    """The grid of one matrix: `bits` a code, `block` columns a scale, a block's offset, how scales are stored."""
 
     bits: int
     block: int
     offset: Offset
+    scales: Scales = "float16"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -51,6 +54,8 @@ class Levels:
             raise UserError(f"block must be 32, 64 or 128: got {self.block}")
         if self.offset not in get_args(Offset):
             raise UserError(f"offset must be one of {', '.join(get_args(Offset))}: got {self.offset!r}")
+        if self.scales not in get_args(Scales):
+            raise UserError(f"scales must be one of {', '.join(get_args(Scales))}: got {self.scales!r}")
 
     @property
     def top(self) -> int:
@@ -82,7 +87,10 @@ class FakeQuant(nn.Module):  # type: ignore[misc]
     def fit(cls, W: Tensor, levels: Levels) -> FakeQuant:
         """The grid for float weights W: (out, in), each block's range shrunk for the least squared error."""
         with torch.no_grad():
-            return cls(levels, *_fit(_blocks(W.float(), levels.block), levels))
+            scale, offset = _fit(_blocks(W.float(), levels.block), levels)
+            if levels.scales == "float16":
+                return cls(levels, scale, offset)
+            return cls(levels, *_with_steps(scale, offset, levels))
 
     @classmethod
     def of(cls, weight: Quantized) -> FakeQuant:
@@ -98,7 +106,8 @@ class FakeQuant(nn.Module):  # type: ignore[misc]
         else:
             kind, offset = "none", torch.zeros_like(scale)
         steps = None if weight.steps is None else torch.from_numpy(weight.steps.astype(np.float32))
-        return cls(Levels(weight.bits, weight.block, kind), scale, offset, steps)
+        stored: Scales = "float16" if steps is None else "int8"
+        return cls(Levels(weight.bits, weight.block, kind, stored), scale, offset, steps)
 
     def forward(self, W: Tensor) -> Tensor:
         """The weights that the codes stand for: W as it is rounded, (out, in)."""
@@ -253,6 +262,16 @@ def _fit(x: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         best = torch.where(better, error, best)
         scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
     return scale, offset
+
+
+def _with_steps(scale: Tensor, offset: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales (and minima) as 8-bit multiples of a row's steps, which leave room to grow; and the steps."""
+    step = (HEADROOM * scale.abs().amax(1, keepdim=True) / 255).half().float()
+    scale = _stored(scale.abs(), step, 0, (0, 255))
+    if levels.offset != "minimum":
+        return scale, offset, step
+    steps = torch.cat([step, (HEADROOM * offset.abs().amax(1, keepdim=True) / 127).half().float()], 1)
+    return scale, _stored(offset, steps, 1, (-128, 127)), steps
 
 
 def _range_to_grid(lo: Tensor, hi: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class Options:
     patience: int = 0
     seed: int = 0
     optimizer: Optimizer = "adamw"
-    learning_rate: float = 6e-4
+    learning_rate: float = 8e-4
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     warmup: int = 20
@@ -261,10 +261,10 @@ def _identity(
     for part in (data.train, data.held_out):
         text.update(part.ids.tobytes() + part.scored.tobytes())
     chosen = hashlib.sha256(repr(options).encode()).hexdigest()
-    return state.Identity(_digest(student), _digest(teacher), text.hexdigest(), chosen, processes)
+    return state.Identity(digest_of(student), digest_of(teacher), text.hexdigest(), chosen, processes)
 
 
-def _digest(checkpoint: Checkpoint | None) -> str:
+def digest_of(checkpoint: Checkpoint | None) -> str:
     """A digest of a model's weights: its source's, joined with its files' where edgekit wrote it."""
     if checkpoint is None:
         return "none"

@@ -6,8 +6,9 @@ ShortGPT's influence of a layer that makes y_t of the residual stream x_t is how
 
 and the layers of least influence go; the last layer always stays. It is measured once, on the whole model.
 With `repair` the two matrices of the next layer that write to the stream (o, down) are refitted by least squares, so
-that the stream behind it is again what it was behind it in the original: the seam costs no multiplication when the
-model runs. W' = W + repair * (aim - W G) (G + damping)^-1, with G and aim of `edgekit.model.calibration`.
+that the stream behind it is again what it was behind it in the original, and those of `reach` layers behind it for what
+is still missing: the seam costs no multiplication when the model runs. W' = W + repair * (aim - W G) (G + damping)^-1,
+with G and aim of `edgekit.model.calibration`.
 
 Sources: Men et al., ShortGPT, arXiv 2403.03853, section 2.3; seams: Chen et al., LinearPatch, arXiv 2505.24680, who put
 a matrix H diag(s) H^T on the stream itself. Such a matrix cannot be folded into a Llama's neighbours exactly (RMSNorm
@@ -40,13 +41,14 @@ LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 @dataclass(frozen=True)
 class Drop:
     """count: how many layers go, those of least influence. layers: or which, by number. repair: 0 leaves the seams as
-    they are, 1 refits fully."""
+    they are, 1 refits fully. reach: how many layers behind the one at a seam are refitted too."""
 
     name: ClassVar[str] = "merge.drop"
     count: int = 0
     layers: tuple[int, ...] = ()
     repair: float = 1.0
     damping: float = 0.01
+    reach: int = 1
 
     def __post_init__(self) -> None:
         if (self.count and self.layers) or self.count < 0:
@@ -57,6 +59,8 @@ class Drop:
             raise UserError(f"repair must be from 0 to 1: got {self.repair}")
         if not 0 < self.damping <= 10:
             raise UserError(f"damping must be above 0 and at most 10: got {self.damping}")
+        if self.reach < 0:
+            raise UserError(f"reach must be 0 or more layers: got {self.reach}")
 
     @property
     def needs(self) -> Needs:
@@ -102,8 +106,8 @@ class Drop:
             original += 1
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
-        """The layer behind a seam, refitted; others as they are."""
-        if not block.name.startswith("layers.") or not self.repair or len(self.stands_for(block.name)) == 1:
+        """The layers behind a seam, refitted; others as they are."""
+        if not self._refits(block.name):
             return block, Changes()
         assert context.inputs is not None, "a layer has calibration inputs"
         now, errors = Block(block.name, dict(block.matrices), block.vectors), list[tuple[float, float]]()
@@ -119,9 +123,16 @@ class Drop:
         size = float(np.sqrt(sum(move**2 for move, _ in errors) / max(sum(W**2 for _, W in errors), 1e-300)))
         return now, Changes(len(errors), {"relative_change_at_seams": Fact(size, "max")})
 
+    def _refits(self, name: str) -> bool:
+        """Whether a layer is at a seam, or within reach behind one."""
+        if not name.startswith("layers.") or not self.repair:
+            return False
+        index = int(name.removeprefix("layers."))
+        near = range(max(0, index - self.reach), index + 1)
+        return any(len(self.stands_for(f"layers.{layer}")) > 1 for layer in near)
+
     def predict(self, outline: Outline, context: StepContext) -> Prediction:
-        seam = outline.name.startswith("layers.") and self.repair and len(self.stands_for(outline.name)) > 1
-        if not seam:
+        if not self._refits(outline.name):
             return Prediction(outline, 0.0, 0)
         matrices = dict(outline.matrices)
         for leaf in WRITERS:

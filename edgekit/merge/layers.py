@@ -6,7 +6,7 @@ Which pairs: those of highest similarity (`edgekit.merge.similarity`, MKA's NPIB
 lambda is the pair's similarity, brought into [0.5, 0.9]: the adaptive ratio of MKA's text. With `match` the neurons of
 m are first brought into the order in which they are most like those of l (Hungarian method on the unit rows of gate
 and up). Norms are averaged too. With `repair` the merged layer's o and down are then refitted so
-that its output is that of layer m in the original, as `edgekit.merge.drop` does at a seam.
+that its output is that of layer m in the original, and those of the layers behind it as in `edgekit.merge.drop`.
 
 Sources: Liu et al., MKA, arXiv 2406.16330, section 3; matching as in Ainsworth et al., Git Re-Basin, arXiv 2209.04836.
 Not supported: layers of different shapes are not merged; more than two layers in one.
@@ -40,7 +40,7 @@ LEAST, MOST = 0.5, 0.9  # of lambda
 
 @dataclass(frozen=True)
 class Merge(Drop):
-    """count, layers, repair, damping: as `Drop`; `layers` names the second of each pair. measure: of similarity.
+    """count, layers, repair, damping, reach: as `Drop`; `layers` names the second of each pair. measure: of similarity.
     ratio: lambda; 0 takes the similarity. match: neurons first. ratios: the plan's own, one for each of `layers`."""
 
     name: ClassVar[str] = "merge.layers"

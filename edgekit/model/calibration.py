@@ -294,9 +294,11 @@ class _Sums:
         self.tokens = 0
 
     def add(self, rows: Tensor) -> None:
-        self.gram += (rows.T @ rows).double()
-        self.total += rows.abs().sum(0, dtype=torch.float64)
-        self.most = torch.maximum(self.most, rows.abs().amax(0).double())
+        values = rows.numpy()
+        self.gram += torch.from_numpy(values.T @ values).double()  # NumPy sees that it is symmetric: half of the work
+        sizes = rows.abs()
+        self.total += sizes.sum(0).double()
+        self.most = torch.maximum(self.most, sizes.amax(0).double())
         self.tokens += len(rows)
 
     def statistics(self, module: str) -> InputStatistics:

@@ -11,6 +11,7 @@ Source: Touvron et al., arXiv 2302.13971, in transformers' spelling (Llama, Mist
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,8 +24,25 @@ from edgekit.weight import Floats
 Watch = Callable[[int, Floats, Floats], None]
 
 
-def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Floats]:
-    """Logits of each token sequence: a list of (T, vocabulary) float32.
+@dataclass(frozen=True)
+class Rounds:
+    """What a runtime rounds beside the weights: what matrices read, in blocks of 32 to `steps` whole steps on either
+    side of zero, in `layers` alone where given (the layer after the last is the head); keys and values to float16 with
+    `half_cache`.
+    """
+
+    steps: int
+    layers: frozenset[int] | None = None
+    half_cache: bool = False
+
+    def meets(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+
+def forward(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, rounds: Rounds | None = None
+) -> list[Floats]:
+    """Logits of each token sequence: a list of (T, vocabulary) float32; with `rounds`, as that takes them elsewhere.
 
     Raises UserError for an empty sequence or an id outside the vocabulary, ModelError for missing weights.
     """
@@ -36,10 +54,13 @@ def forward(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[
     if not config.tied:
         del table
     for index in range(config.layers):
-        state = _Layer(checkpoint, index)(state, spans)
+        state = _Layer(checkpoint, index, rounds=rounds)(state, spans)
     norm = checkpoint.vector("model.norm.weight")
     head = table if config.tied else checkpoint.weight("lm_head").dense()
-    logits = rms_norm(state, norm, config.norm_eps) @ head.T
+    state = rms_norm(state, norm, config.norm_eps)
+    if rounds is not None and rounds.meets(config.layers):
+        state = rounded(state, rounds.steps)
+    logits = state @ head.T
     return [logits[span] for span in spans]
 
 
@@ -50,7 +71,7 @@ def watch_heads(checkpoint: Checkpoint, ids: Sequence[int], watch: Watch) -> Non
     """
     state = _table(checkpoint, [ids])[np.asarray(ids)]
     for index in range(checkpoint.decoder.layers):
-        state = _Layer(checkpoint, index, watch)(state, [slice(0, len(ids))])
+        state = _Layer(checkpoint, index, watch=watch)(state, [slice(0, len(ids))])
 
 
 def _table(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Floats:
@@ -64,9 +85,12 @@ def _table(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Floats
 class _Layer:
     """One decoder layer with its weights made dense."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, watch: Watch | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, index: int, *, rounds: Rounds | None = None, watch: Watch | None = None
+    ) -> None:
         self.config: DecoderConfig = checkpoint.decoder
         self.index, self.watch = index, watch
+        self.rounds = rounds if rounds is not None and rounds.meets(index) else None
         prefix = f"model.layers.{index}."
         modules = [f"self_attn.{part}_proj" for part in "qkvo"] + [
             f"mlp.{part}_proj" for part in ("gate", "up", "down")
@@ -88,6 +112,8 @@ class _Layer:
         return state + self.mlp(rms_norm(state, self.norm["post_attention_layernorm"], eps))
 
     def linear(self, name: str, x: Floats) -> Floats:
+        if self.rounds is not None:
+            x = rounded(x, self.rounds.steps)
         y: Floats = x @ self.weight[name].T
         return y + self.bias[name] if name in self.bias else y
 
@@ -112,6 +138,8 @@ class _Layer:
         if self.watch is not None:
             self.watch(self.index, q, k)
         q, k = self.rotate(q), self.rotate(k)
+        if self.rounds is not None and self.rounds.half_cache:
+            k, v = (part.astype(np.float16).astype(np.float32) for part in (k, v))
         group = len(q) // len(k)
         k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
         scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(width))
@@ -135,3 +163,13 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x / rms(x) * weight over the last axis. Source: Zhang and Sennrich, arXiv 1910.07467."""
     normed: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps)) * weight
     return normed
+
+
+def rounded(x: Floats, steps: int, block: int = 32) -> Floats:
+    """x (T, K) after rounding each block of columns to `steps` whole steps on either side of zero."""
+    padded = np.pad(x, [(0, 0), (0, -x.shape[1] % block)])
+    blocks = padded.reshape(len(x), -1, block)
+    step = np.abs(blocks).max(-1, keepdims=True) / np.float32(steps)
+    codes = np.rint(blocks / np.where(step == 0, np.float32(1), step))
+    result: Floats = (step * codes).reshape(padded.shape)[:, : x.shape[1]]
+    return result

@@ -17,21 +17,22 @@ Source: T. Mytkowicz et al., Producing Wrong Data Without Doing Anything Obvious
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from edgekit.errors import UserError
 from edgekit.profile.pace import COMPUTING, READING
-from edgekit.profile.stats import Difference, difference, paired
+from edgekit.profile.stats import Difference, difference, holm, paired
 from edgekit.report import Measurement, Report
 
 Word = Literal["faster", "slower", "smaller", "larger", "cannot tell"]
 
 LEAST_CHANGE = 0.02
 LEAST_REPETITIONS = 4
-LEAST_PAIRS = 6  # the fewest that a signed rank test can tell apart at 5%
+LEAST_PAIRS = 7  # the fewest that a signed rank test can tell apart at 5%, two figures together
 _P_VALUE = 0.05
 _TIMES = frozenset({"ns", "us", "µs", "ms", "s", "min", "h"})
 
@@ -41,8 +42,8 @@ class Verdict:
     """How one measurement of report b stands against the same one of report a.
 
     `a` and `b` are the reports' values in `unit`, `ratio` is b over a with its 95% interval `low` to `high`, and
-    `p_value` the Mann-Whitney test's; each is None where it could not be had. `verdict` is faster or slower for times
-    and rates, smaller or larger for everything else; `note` says why it is "cannot tell".
+    `p_value` the test's (Mann-Whitney's, or Wilcoxon's of pairs); each is None where it could not be had. `verdict` is
+    faster or slower for times and rates, smaller or larger for everything else; `note` says why it is "cannot tell".
     """
 
     name: str
@@ -103,13 +104,29 @@ def machine_moved(a: Report, b: Report) -> tuple[float, ...]:
     return tuple(found)
 
 
-def judge_pairs(name: str, unit: str, a: tuple[float, ...], b: tuple[float, ...]) -> Verdict:
-    """Judge samples that were taken in turns, pair by pair. Raises UserError: not as many on either side."""
-    found = paired(a, b)
-    note = _doubt(found, min(len(a), len(b)), least=LEAST_PAIRS)
-    word: Word = "cannot tell" if note else _word(unit, rose=(found.ratio or 1) > 1)
-    values = float(np.median(a)), float(np.median(b))
-    return Verdict(name, unit, *values, found.ratio, found.low, found.high, found.p_value, word, note)
+@dataclass(frozen=True)
+class Pairs:
+    """One figure of two bundles that took turns: medians `a` and `b` in `unit`, and b over a of each pair."""
+
+    name: str
+    unit: str
+    a: float
+    b: float
+    ratios: tuple[float, ...]
+
+
+def judge_pairs(figures: Sequence[Pairs]) -> tuple[Verdict, ...]:
+    """Judge the figures of one comparison pair by pair, and together: of equal bundles, at most one comparison in
+    twenty gives any verdict, however many figures it has (`p_value` is Holm's). Raises UserError: no pairs."""
+    found = [paired(figure.ratios) for figure in figures]
+    together = holm([one.p_value for one in found])
+    verdicts = []
+    for figure, one, p_value in zip(figures, found, together, strict=True):
+        note = _doubt(replace(one, p_value=p_value), len(figure.ratios), least=LEAST_PAIRS)
+        word: Word = "cannot tell" if note else _word(figure.unit, rose=(one.ratio or 1) > 1)
+        values = figure.name, figure.unit, figure.a, figure.b
+        verdicts.append(Verdict(*values, one.ratio, one.low, one.high, p_value, word, note))
+    return tuple(verdicts)
 
 
 def _judge(

@@ -4,6 +4,8 @@
 tokens generated one by one from an empty cache; tokenising and sampling take no part. Time to first token is what a
 user waits for: tokenising, prefill and sampling of a text of that length. Each repetition reads another prompt, and the
 cache is emptied before each, so that no prefix cache can help.
+Before each the engine works untimed for a moment (`wake`): a pause, in which sensors were read, lets its threads sleep,
+and the first tenth of a second after it is slower by up to a quarter. llama-bench never pauses and sees none of that.
 Source: llama.cpp, tools/llama-bench.
 """
 
@@ -25,10 +27,12 @@ from tokenizers import Tokenizer
 from edgekit.bundle import MODEL, WEIGHTS, Bundle
 from edgekit.host import read
 from edgekit.profile.options import SWEEP_TOKENS
-from edgekit.runtime.engine import Engine
 from edgekit.runtime.session import Session, Timing
+from edgekit.runtime.static import Decoder
 
 Span = tuple[float, float]  # of time.perf_counter, seconds
+
+WAKE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,23 +51,39 @@ def repeat(session: Session, prompt_tokens: int, generate_tokens: int, *, seed: 
     """Prefill, decode and first token of the prompt that `seed` draws."""
     engine = session.engine
     ids = np.random.default_rng(seed).integers(0, session.bundle.spec.vocabulary, prompt_tokens).tolist()
-    engine.rewind(0)
-    begin = time.perf_counter()
-    engine.forward(ids)
-    prefill = (begin, time.perf_counter())
+    wake(engine)
+    prompt = prefill(engine, ids)
     inside = engine.run_seconds
     decode, gaps = generate(engine, ids[0], generate_tokens)
     inside = engine.run_seconds - inside
-    return Repetition(prefill, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
+    return Repetition(prompt, decode, gaps, inside, first_token(session, text_of_length(session.tokenizer, ids)))
 
 
-def generate(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+def wake(engine: Decoder) -> None:
+    """Generate for `WAKE_S` seconds, one token at least, so that what is timed next finds the threads running."""
+    until = time.perf_counter() + WAKE_S
+    engine.rewind(0)
+    engine.forward([0])
+    while time.perf_counter() < until:
+        engine.rewind(len(engine.tokens) % engine.context)
+        engine.forward([0])
+
+
+def prefill(engine: Decoder, ids: Sequence[int]) -> Span:
+    """Read a prompt from an empty cache."""
+    engine.rewind(0)
+    begin = time.perf_counter()
+    engine.forward(ids)
+    return begin, time.perf_counter()
+
+
+def generate(engine: Decoder, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
     """Generate greedily from an empty cache: the span of all, and the gap of each token."""
     engine.rewind(0)
     return _steps(engine, token, count)
 
 
-def _steps(engine: Engine, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
+def _steps(engine: Decoder, token: int, count: int) -> tuple[Span, tuple[float, ...]]:
     ticks = [time.perf_counter()]
     for _ in range(count):
         token = int(engine.forward([token])[-1].argmax())
@@ -79,7 +99,7 @@ def first_token(session: Session, text: str) -> Timing:
     return answer.timing
 
 
-def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float]:
+def at_depth(engine: Decoder, depth: int, *, seed: int = 0) -> tuple[float, float]:
     """Seconds for reading `SWEEP_TOKENS` tokens, and for generating as many, with `depth` tokens in the cache."""
     random = np.random.default_rng(seed)
     engine.rewind(min(depth, len(engine.tokens)))
@@ -92,7 +112,7 @@ def at_depth(engine: Engine, depth: int, *, seed: int = 0) -> tuple[float, float
     return prefill, end - begin
 
 
-def fill(engine: Engine, depth: int, *, seed: int = 0) -> None:
+def fill(engine: Decoder, depth: int, *, seed: int = 0) -> None:
     """Append random tokens until `depth` are in the cache."""
     missing = depth - len(engine.tokens)
     if missing > 0:

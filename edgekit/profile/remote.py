@@ -3,8 +3,8 @@
 A host needs a shell and Python 3.11 or newer, nothing else. In `~/.cache/edgekit/remote` there it gets a copy of this
 package (without what a device never runs), once a version; a virtual environment with the packages that it needs,
 unless its Python has them; and the bundle, file by file, each checked against the digest of the manifest. A copy that
-was cut goes on where it ended, when it is tried again at once and when the command is given again. After a profile the
-bundle is removed there; package and environment stay for the next time.
+was cut goes on where it ended, when it is tried again at once and when the command is given again. In the end, also
+after an error, all of it is removed; with `stay` package and environment are left for the next time.
 
 ssh runs as the user's own: keys, jump hosts and known hosts are those of its configuration, and it never asks
 (`BatchMode`). `EDGEKIT_SSH` names another command, as "ssh -F file". What a host says is data: lines are bounded, and
@@ -13,6 +13,7 @@ the report is checked like any other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -26,7 +27,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import edgekit
@@ -98,7 +99,7 @@ class Host:
 
         Raises Cut when the connection failed, DeviceError when the script did: the last line that it said stands in it.
         """
-        whole = f"EK={self.root}; mkdir -p $EK && cd $EK || exit 1\n{script}"
+        whole = f"export ORT_DISABLE_TELEMETRY=1; EK={self.root}; mkdir -p $EK && cd $EK || exit 1\n{script}"
         command = [*self.command, f"sh -c {shlex.quote(whole)}"]
         with tempfile.TemporaryFile() as errors:
             try:
@@ -162,9 +163,15 @@ class Outcome:
 
 
 def profile_on(
-    hosts: Iterable[str], bundle: Path, options: Options, *, tell: Callable[[str, str], None] = lambda host, stage: None
+    hosts: Iterable[str],
+    bundle: Path,
+    options: Options,
+    *,
+    stay: bool = False,
+    tell: Callable[[str, str], None] = lambda host, stage: None,
 ) -> list[Outcome]:
     """Measure a bundle on several hosts at once; `tell` hears (host, what it does). One's error stops no other.
+    With `stay` package and environment are left there for the next time.
 
     Raises UserError: a host's name that is none, two that are the same, no bundle at the path.
     """
@@ -177,7 +184,8 @@ def profile_on(
 
         def one(host: Host) -> Outcome:
             try:
-                return Outcome(host.name, profile_there(host, opened, options, lambda stage: tell(host.name, stage)))
+                report = profile_there(host, opened, options, lambda stage: tell(host.name, stage), stay=stay)
+                return Outcome(host.name, report)
             except EdgekitError as problem:
                 return Outcome(host.name, error=problem)
 
@@ -190,8 +198,24 @@ def profile_on(
     return outcomes
 
 
-def profile_there(host: Host, bundle: Bundle, options: Options, tell: Tell) -> Report:
-    """Measure a bundle on one host. Raises DeviceError, BudgetError, ModelError, or what the profile raised there."""
+def profile_there(host: Host, bundle: Bundle, options: Options, tell: Tell, *, stay: bool = False) -> Report:
+    """Measure a bundle on one host, and tidy up there, unless the connection was cut: then the next try goes on.
+
+    Raises DeviceError, BudgetError, ModelError, or what the profile raised there.
+    """
+    try:
+        report = _prepare_and_measure(host, bundle, options, tell)
+    except Cut:
+        raise
+    except EdgekitError:
+        with contextlib.suppress(DeviceError):  # the first error is the one to tell
+            tidy(host, bundle, stay=stay)
+        raise
+    tidy(host, bundle, stay=stay)
+    return report
+
+
+def _prepare_and_measure(host: Host, bundle: Bundle, options: Options, tell: Tell) -> Report:
     tell("connecting")
     size = sum(file.size_bytes for file in bundle.manifest.files.values())
     machine = survey(host)
@@ -213,7 +237,6 @@ class Machine:
     processor: str
     python: str
     free_bytes: int
-    has: frozenset[str] = field(default_factory=frozenset)
 
 
 def survey(host: Host) -> Machine:
@@ -281,8 +304,10 @@ def prepare_python(host: Host, machine: Machine, tell: Tell) -> str:
     packages = " ".join(map(shlex.quote, needed_packages()))
     try:
         host.run(
-            f"rm -rf env && {machine.python} -m venv env >&2 && env/bin/python -m pip install -q {packages} >&2"
-            " || { rm -rf env; exit 1; }"
+            f"rm -rf env && {machine.python} -m venv env >&2"
+            f" && env/bin/python -m pip install -q --no-cache-dir {packages} >&2"
+            " || { free=$(df -Pk . | awk 'NR == 2 {print $4}'); rm -rf env\n"
+            'test "$free" -gt 1024 || echo "No space left on device" >&2; exit 1; }'
         )
     except Cut:
         raise
@@ -293,11 +318,16 @@ def prepare_python(host: Host, machine: Machine, tell: Tell) -> str:
     return "env/bin/python"
 
 
+def folder_of(bundle: Bundle) -> str:
+    """Where a bundle lies there: another bundle lies elsewhere."""
+    return f"bundles/{hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest()[:16]}"
+
+
 def copy_bundle(host: Host, bundle: Bundle, tell: Tell) -> str:
     """Copy what is not there yet, going on where an earlier copy ended; returns the folder there."""
     listed = (bundle.path / MANIFEST).read_bytes()
     files = bundle.manifest.files
-    folder = f"bundles/{hashlib.sha256(listed).hexdigest()[:16]}"
+    folder = folder_of(bundle)
     total = sum(file.size_bytes for file in files.values())
     before = 0
     for name, file in sorted(files.items()):
@@ -325,7 +355,7 @@ def _copy_file(host: Host, source: Path, target: str, file: FileRecord, sent: Ca
         return sent(file.size_bytes)
     offset = int(state) if state.isdecimal() and int(state) <= file.size_bytes else 0
     host.run(
-        f"{'cat >>' if offset else 'cat >'} {part}; wc -c < {part}",
+        f"{'cat >>' if offset else 'cat >'} {part}",
         send=_chunks(source, offset, sent) if offset < file.size_bytes else (),
     )
     got = host.run(f"sha256sum {part} && mv {part} {there}").split()
@@ -345,7 +375,7 @@ def _chunks(source: Path, offset: int, sent: Callable[[int], None]) -> Iterator[
 
 
 def measure(host: Host, package: str, python: str, folder: str, options: Options, tell: Tell) -> Report:
-    """Run the profile there, and remove the bundle."""
+    """Run the profile there."""
     result: dict[str, object] = {}
 
     def line(text: str) -> None:
@@ -370,12 +400,19 @@ def measure(host: Host, package: str, python: str, folder: str, options: Options
             kind = kinds.get(result.get("exit"), DeviceError)  # type: ignore[call-overload]
             raise kind(f"{host.name}: {plain(str(result['error']))}") from problem
         raise
-    finally:
-        if "report" in result or "error" in result:
-            host.run(f"rm -rf {folder}")
     if not isinstance(result.get("report"), str):
         raise DeviceError(f"{host.name} ended without a report; try again")
     return Report.from_json(str(result["report"]), where=f"the report of {host.name}")
+
+
+def tidy(host: Host, bundle: Bundle, *, stay: bool) -> None:
+    """Remove the bundle there, and unless `stay` all that is ours, if no other bundle lies there: one that is being
+    measured now, or whose copy was cut."""
+    all_of_it = (
+        'test -e bundles || rm -rf "$PWD"\n'
+        'test -e "$PWD" || test "$PWD" != "$HOME/.cache/edgekit/remote" || rmdir "${PWD%/*}" "$HOME/.cache" 2>/dev/null'
+    )
+    host.run(f"rm -rf {folder_of(bundle)}; rmdir bundles 2>/dev/null\n{'' if stay else all_of_it}\ntrue")
 
 
 def _feed(process: subprocess.Popen[bytes], send: Iterable[bytes]) -> None:

@@ -39,6 +39,7 @@ from edgekit.profile.sensors import Found, find_power
 from edgekit.report import Report, Row, Table
 from edgekit.runtime.budget import MemoryPlan, plan_memory
 from edgekit.runtime.session import Session
+from edgekit.runtime.threads import keep
 
 
 @dataclass
@@ -113,7 +114,7 @@ def profile_with_trace(
     found = _extras(path, bundle, found, steps)
     report = rows.report(
         bundle, path, found, energy,
-        machine={**host_device().fingerprint(), "threads": str(options.threads or host_device().threads or 1)},
+        machine={**host_device().fingerprint(), "threads": str(found.options.threads)},
         conditions={**facts, **_conditions(bundle, found, health, cpu)}, flags=flags,
         versions={**versions("numpy", "onnxruntime", "tokenizers"), "kernels": steps.kernels}, created=now(),
     )  # fmt: skip
@@ -273,7 +274,7 @@ def _extras(path: Path, bundle: Bundle, found: Findings, steps: _Steps) -> Findi
     if options.sweep_threads:
         rates = threads.sweep(bundle, options.sweep_threads, context=options.context, on_turn=steps.step)
         prefill, decode = threads.best(rates)
-        threads.keep(bundle, prefill, decode)
+        keep(bundle, prefill, decode)
         lines = tuple(Row(str(rate.threads), (rate.prefill, rate.decode)) for rate in rates)
         note = f"best: {prefill} for prefill, {decode} for decode; kept for this device and bundle"
         found.tables["thread sweep"] = Table("threads", ("prefill, tok/s", "decode, tok/s"), lines, note)

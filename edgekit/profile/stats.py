@@ -115,23 +115,34 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     return Difference(float(np.median(y) / np.median(x)), low, high, p_value)
 
 
-def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Compare samples that were taken in pairs, side by side: what moves both of a pair cancels.
+def paired(ratios: Sequence[float]) -> Difference:
+    """Ratios of samples that were taken in pairs, side by side: what moves both of a pair has cancelled.
 
-    `ratio` is the median of b / a. Its interval holds every ratio by which `a` could be multiplied without the signed
-    ranks of the logarithms telling them apart at 5%; `p_value` is Wilcoxon's, exact up to 50 pairs.
+    `ratio` is their median. Its interval holds every ratio by which all could be divided without the signed ranks of
+    their logarithms telling them from 1 at 5%; `p_value` is Wilcoxon's, exact up to 50 pairs.
 
-    Raises UserError: no sample, one that is not finite, or sets of different size.
+    Raises UserError: no ratio, or one that is not finite and above 0.
     Source: F. Wilcoxon, Biometrics Bull. 1, 1945; J. L. Hodges and E. L. Lehmann, Ann. Math. Stat. 34, 1963.
     """
-    x, y = _checked(a), _checked(b)
-    if len(x) != len(y):
-        raise UserError(f"pairs need as many samples on either side: got {len(x)} and {len(y)}")
-    if min(x.min(), y.min()) <= 0:
-        return Difference(None, None, None, signed_rank(y - x))
-    logs = np.log(y / x)
+    x = _checked(ratios)
+    if x.min() <= 0:
+        raise UserError(f"ratios must be above 0: got {x.min()}; repeat the measurement")
+    logs = np.log(x)
     low, high = _walsh_interval(logs)
     return Difference(float(np.exp(np.median(logs))), math.exp(low), math.exp(high), signed_rank(logs))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """P-values of one family, raised so that all of them together stay at the level that one alone would have.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Stat. 6, 1979.
+    """
+    raised: dict[int, float] = {}
+    highest = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        raised[index] = highest
+    return tuple(raised[index] for index in range(len(p_values)))
 
 
 def signed_rank(differences: Sequence[float] | Array) -> float:

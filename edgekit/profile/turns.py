@@ -1,19 +1,23 @@
 """Two bundles or more against each other on one machine, in turns: what shifts the machine shifts all of them.
 
-A block starts a process for each bundle, lets them warm up, and then lets them answer in turn, in an order that
-reverses from turn to turn (a b b a). Processes are new in each block, for where a process lands in memory is luck that
-stays with it. Turns are short, and a block gives one number a bundle and figure: its best turn, because other programs
-only ever add time. Blocks are paired, and a signed rank test over them gives the verdict. While one bundle works the
-others wait on their standard input, without spinning threads. What makes only some turns slow is not seen here: look at
-the percentiles of a profile for that.
-Sources: T. Kalibera and R. Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013, for levels of repetition;
-J. Chen and J. Revels, Robust benchmarking in noisy environments, arXiv:1608.04295, for the best instead of the median.
+A block starts a process for each bundle, and then lets them answer in turn, there and back (a b b a, from the other end
+in every second block), so that a machine that becomes slower or faster at a steady rate favours none. Processes are new
+in each block, for where a process lands in memory is luck that stays with it. While one bundle works the others wait on
+their standard input; the one whose turn it is works for a moment before it is timed, because after a pause it is slow.
+
+One way there and back gives a ratio of two bundles, the median of a block's ratios is the block's, and a signed rank
+test over the blocks gives the verdict: if the bundles are equal, each block's ratio is as likely below 1 as above it,
+whatever the noise looks like, so the test's level is exact. Rates of decoding are those of the median gap in a turn;
+what makes only some tokens slow is not seen here: look at the percentiles of a profile for that.
+Source: T. Kalibera and R. Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013, for levels of repetition.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,28 +26,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from edgekit.bundle import MODEL, Bundle
+import numpy as np
+
+from edgekit.bundle import Bundle
 from edgekit.errors import DeviceError, UserError
-from edgekit.profile.compare import LEAST_PAIRS, Verdict, judge_pairs
-from edgekit.profile.latency import repeat
+from edgekit.profile.compare import LEAST_PAIRS, Pairs, Verdict, judge_pairs
+from edgekit.profile.latency import generate, prefill, wake
 from edgekit.runtime.session import Session
 
-BLOCKS, TURNS = 8, 5
-PROMPT, ANSWER = 128, 32
-FIGURES = ("prefill", "decode", "time to first token")
-_UNITS = {"prefill": "tok/s", "decode": "tok/s", "time to first token": "ms"}
+BLOCKS, TURNS = 8, 2
+PROMPT, ANSWER = 128, 16
+FIGURES = ("prefill", "decode")  # both in tokens a second
+
+Block = tuple[float, ...]  # of one bundle: there, back, there, back ...
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Samples by bundle and figure, one a block; `against(0, 1)` judges the second against the first."""
+    """Blocks by bundle and figure; `against(0, 1)` judges the second bundle against the first."""
 
     names: tuple[str, ...]
-    samples: tuple[dict[str, tuple[float, ...]], ...]
+    samples: tuple[dict[str, tuple[Block, ...]], ...]
 
     def against(self, a: int, b: int) -> tuple[Verdict, ...]:
         """Verdicts for each figure."""
-        return tuple(judge_pairs(name, _UNITS[name], self.samples[a][name], self.samples[b][name]) for name in FIGURES)
+        return judge_pairs([self._pairs(name, self.samples[a][name], self.samples[b][name]) for name in FIGURES])
+
+    @staticmethod
+    def _pairs(name: str, a: tuple[Block, ...], b: tuple[Block, ...]) -> Pairs:
+        ratios = tuple(block_ratio(*blocks) for blocks in zip(a, b, strict=True))
+        before, after = (statistics.median(rate for block in blocks for rate in block) for blocks in (a, b))
+        return Pairs(name, "tok/s", before, after, ratios)
+
+
+def block_ratio(a: Block, b: Block) -> float:
+    """b over a: the median of their ways there and back, of which each is a geometric mean."""
+    logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
+    return math.exp(statistics.median((there + back) / 2 for there, back in zip(logs[::2], logs[1::2], strict=True)))
 
 
 def take_turns(
@@ -59,7 +78,7 @@ def take_turns(
 ) -> Contest:
     """Measure the bundles in turns. `commands` replace how a bundle's process is started (its own arguments follow).
 
-    Raises UserError: fewer than two bundles or six blocks, or no bundle; DeviceError: a process ended.
+    Raises UserError: fewer than two bundles or seven blocks, or no bundle; DeviceError: a process ended.
     """
     if len(paths) < 2:
         raise UserError(f"turns need two bundles or more: got {len(paths)}")
@@ -72,26 +91,24 @@ def take_turns(
         raise UserError(f"--prompt and --generate must be from 1 to {shortest - 1}: got {prompt} and {answer}")
     context = min(shortest, max(prompt, answer) + 64)
     starts = commands or [[sys.executable, "-m", "edgekit.profile.turns"]] * len(paths)
-    samples: list[dict[str, list[float]]] = [{name: [] for name in FIGURES} for _ in paths]
+    samples: list[dict[str, list[Block]]] = [{name: [] for name in FIGURES} for _ in paths]
     for block in range(blocks):
         on_block(block, blocks)
         with contextlib.ExitStack() as stack:
-            order = list(range(len(paths)))
-            if block % 2:
-                order.reverse()
-            workers: dict[int, _Worker] = {}
-            for index in order:
-                words = [*starts[index], str(paths[index]), str(context), str(threads or 0)]
-                workers[index] = stack.enter_context(_Worker(words))
+            workers = [
+                stack.enter_context(_Worker([*start, str(path), str(context), str(threads or 0)]))
+                for start, path in zip(starts, paths, strict=True)
+            ]
+            there = [*range(len(paths))][:: -1 if block % 2 else 1]
             found: list[dict[str, list[float]]] = [{name: [] for name in FIGURES} for _ in paths]
-            for turn in range(turns + 1):
-                for index in order if turn % 2 == 0 else reversed(order):
-                    figures = workers[index].ask(prompt, answer, seed=block * (turns + 1) + turn)
-                    for name, value in zip(FIGURES, figures, strict=True) if turn else ():
-                        found[index][name].append(value)
-        for index, figures_of in enumerate(found):
-            for name, values in figures_of.items():
-                samples[index][name].append((min if _UNITS[name] == "ms" else max)(values))
+            for turn in range(-1, turns):  # the first one warms up
+                for index in there if turn < 0 else [*there, *reversed(there)]:
+                    rates = workers[index].ask(prompt, answer, seed=block * (turns + 1) + turn + 1)
+                    for name, rate in zip(FIGURES, rates, strict=True) if turn >= 0 else ():
+                        found[index][name].append(rate)
+        for index, rates_of in enumerate(found):
+            for name, values in rates_of.items():
+                samples[index][name].append(tuple(values))
     on_block(blocks, blocks)
     return Contest(
         tuple(path.resolve().name for path in paths),
@@ -118,7 +135,7 @@ class _Worker:
         self._process.communicate()
 
     def ask(self, prompt: int, answer: int, *, seed: int) -> list[float]:
-        """Tokens a second of prefill and decode, and milliseconds to the first token."""
+        """Tokens a second of prefill and decode."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -129,9 +146,9 @@ class _Worker:
             _, said = self._process.communicate()
             last = said.strip().splitlines()[-1:] or ["without a word"]
             raise DeviceError(f"the process of a bundle ended: {last[0][:300]}")
-        figures = json.loads(line)
-        assert isinstance(figures, list)
-        return [float(figure) for figure in figures]
+        rates = json.loads(line)
+        assert isinstance(rates, list)
+        return [float(rate) for rate in rates]
 
 
 def serve(path: Path, *, context: int, threads: int | None, requests: Iterator[str]) -> Iterator[str]:
@@ -139,9 +156,11 @@ def serve(path: Path, *, context: int, threads: int | None, requests: Iterator[s
     session = Session.open(path, context=context, threads=threads)
     for line in requests:
         prompt, answer, seed = (int(number) for number in json.loads(line))
-        done = repeat(session, prompt, answer, seed=seed)
-        prefill, decode = (end - begin for begin, end in (done.prefill, done.decode))
-        yield json.dumps([prompt / prefill, answer / decode, 1e3 * done.first.first_token])
+        ids = np.random.default_rng(seed).integers(0, session.bundle.spec.vocabulary, prompt).tolist()
+        wake(session.engine)
+        begin, end = prefill(session.engine, ids)
+        _, gaps = generate(session.engine, ids[0], answer)
+        yield json.dumps([prompt / (end - begin), 1 / statistics.median(gaps)])
 
 
 def main(words: Sequence[str]) -> None:
@@ -149,11 +168,6 @@ def main(words: Sequence[str]) -> None:
     path, context, threads = words
     for answer in serve(Path(path), context=int(context), threads=int(threads) or None, requests=iter(sys.stdin)):
         print(answer, flush=True)
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether a path is a folder with a model in it, rather than a report."""
-    return (path / MODEL).is_file()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from edgekit.errors import ModelError, UserError
 
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 Choice = Literal["elimination", "interpolative"]
 CHOICES = get_args(Choice)
 
@@ -118,57 +119,64 @@ def _inverse(G: Doubles) -> Doubles:
 
 
 def _eliminated(W: Doubles, G: Doubles, group: int, least: int, batch: int) -> Ranking:
+    """Groups that are gone stay in V and H as zeros until they are an eighth: to copy H is dearer than to change it."""
     count = W.shape[1] // group
     V, H = np.array(W, np.float64), _inverse(G)
-    left = np.arange(count)  # groups that V and H still have, in the order of their columns
+    room = np.empty_like(H)
+    left, alive = np.arange(count), np.ones(count, bool)  # the groups of V and H, and whether they are still there
     total = float(np.einsum("ij,ij->", W @ G, W))
     error, errors, order = 0.0, {count: 0.0}, list[int]()
-    while len(left) > least:
-        turn = _cheapest(V, H, group, min(batch, len(left) - least))
-        drop = np.sort(turn)
-        columns = _columns(drop, group)
-        stay = np.setdiff1d(np.arange(len(left) * group), columns)
+    for _ in range(count):
+        here = int(alive.sum())
+        if here <= least:
+            break
+        turn = _cheapest(V, H, group, min(batch, here - least), alive)
+        columns = _columns(np.sort(turn), group)
         part = _inverse(H[np.ix_(columns, columns)])
         error += float(np.einsum("ij,ij->", V[:, columns] @ part, V[:, columns]))
-        move = part @ H[np.ix_(columns, stay)]
-        V = V[:, stay] - V[:, columns] @ move
-        H = H[np.ix_(stay, stay)] - H[np.ix_(stay, columns)] @ move
+        move = part @ H[columns]
+        V -= V[:, columns] @ move
+        H -= np.matmul(H[:, columns], move, out=room)
         order += left[turn].tolist()
-        left = np.delete(left, drop)
-        errors[len(left)] = error
-    last = left[np.argsort(_costs(V, H, group), kind="stable")]
-    return Ranking(np.array([*order, *last.tolist()], np.int64), errors, total)
+        alive[turn] = False
+        errors[here - len(turn)] = error
+        if 8 * (here - len(turn)) < 7 * len(alive):
+            stay = _columns(np.flatnonzero(alive), group)
+            V, H = V[:, stay], H[np.ix_(stay, stay)]
+            left, alive = left[alive], alive[alive]
+            room = np.empty_like(H)
+    last = np.argsort(_costs(V, H, group, alive), kind="stable")[: int(alive.sum())]
+    return Ranking(np.array([*order, *left[last].tolist()], np.int64), errors, total)
 
 
-def _cheapest(V: Doubles, H: Doubles, group: int, count: int) -> Indices:
+def _cheapest(V: Doubles, H: Doubles, group: int, count: int, alive: Mask) -> Indices:
     """The `count` groups that cost least one after the other, among a few times as many that cost least alone."""
-    pool = np.argsort(_costs(V, H, group), kind="stable")[: 4 * count]
+    pool = np.argsort(_costs(V, H, group, alive), kind="stable")[: min(4 * count, int(alive.sum()))]
     if count == 1:
         return pool[:1]
     columns = _columns(pool, group)
     v, h = V[:, columns], H[np.ix_(columns, columns)]
+    free = np.ones(len(pool), bool)
     chosen = list[int]()
     for _ in range(count):
-        costs = _costs(v, h, group)
-        costs[chosen] = np.inf
-        best = int(np.argmin(costs))
+        best = int(np.argmin(_costs(v, h, group, free)))
         at = np.arange(best * group, (best + 1) * group)
         move = _inverse(h[np.ix_(at, at)]) @ h[at]
         v, h = v - v[:, at] @ move, h - h[:, at] @ move
-        spent = _columns(np.array([*chosen, best]), group)
-        h[spent, spent] = 1.0  # it is gone: neither divided by nor chosen again
-        v[:, spent], chosen = 0.0, [*chosen, best]
+        free[best] = False
+        chosen.append(best)
     return np.asarray(pool[np.array(chosen)], np.int64)
 
 
-def _costs(V: Doubles, H: Doubles, group: int) -> Doubles:
-    """What dropping each group alone would cost."""
+def _costs(V: Doubles, H: Doubles, group: int, alive: Mask) -> Doubles:
+    """What dropping each group alone would cost; inf for those that are gone."""
+    costs = np.full(len(alive), np.inf)
     if group == 1:
-        return np.asarray(np.einsum("ij,ij->j", V, V) / H.diagonal(), np.float64)
-    blocks = np.arange(len(H)).reshape(-1, group)
-    costs: Doubles = np.array(
-        [np.einsum("ij,ij->", V[:, at] @ np.linalg.inv(H[np.ix_(at, at)]), V[:, at]) for at in blocks]
-    )
+        costs[alive] = np.einsum("ij,ij->j", V, V)[alive] / H.diagonal()[alive]
+        return costs
+    for index in np.flatnonzero(alive):
+        at = np.arange(index * group, (index + 1) * group)
+        costs[index] = np.einsum("ij,ij->", V[:, at] @ np.linalg.inv(H[np.ix_(at, at)]), V[:, at])
     return costs
 
 

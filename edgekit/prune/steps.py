@@ -39,6 +39,7 @@ from edgekit.step import Changes, Fact, MatrixOutline, Needs, Outline, Predictio
 
 if TYPE_CHECKING:
     from edgekit.calibrate import Survey
+    from edgekit.quant.sensitivity import Curvature
 
 Spread = Literal["planned", "even"]
 Shapes = dict[str, tuple[int, int]]
@@ -220,28 +221,38 @@ def costs(survey: Survey, step: Structured) -> CostTable:
     from edgekit.quant.sensitivity import curvatures
 
     options: dict[tuple[str, Part], list[tuple[int, int, float]]] = {}
-    total, head_dim = 0, survey.decoder.head_dim
+    total = 0
     for block, found, _ in curvatures(survey, seed=0):
         if not block.name.startswith("layers."):
             continue
-        prefix = f"model.{block.name}."
-        shapes = {module: weight.shape for module, weight in block.matrices.items()}
-        for part in step.parts:
-            writer = prefix + WRITER[part]
-            count, width = groups_of(shapes, prefix, part, head_dim)
-            multiple = step.multiple if part == "neurons" else 1
-            least = min(count, multiple * math.ceil(count / LEAST / multiple)) if part == "neurons" else 1
-            curvature = found[writer]
-            W = block.matrices[writer].dense().astype(np.float64) * np.sqrt(curvature.outputs)[:, None]
-            G = regular(curvature.inputs, step.damping, where=writer)
-            ranked = rank_columns(W, G, group=width, least=least, batch=BATCH[part], choice=step.choice)
-            each = parameters(shapes, prefix, part, head_dim)
-            kept = sorted({k for k in ranked.errors if least <= k and (k % multiple == 0 or k == count)})
-            options[block.name, part] = [(k, k * each, 0.5 * ranked.errors[k]) for k in kept]
-            total += 0 if step.parts == PLANNED else count * each
+        for part, rows in widths_of(block, found, step, survey.decoder.head_dim).items():
+            options[block.name, part] = rows
+            total += 0 if step.parts == PLANNED else rows[-1][1]
         if step.parts == PLANNED:
-            total += sum(rows * columns for rows, columns in shapes.values())
+            total += sum(math.prod(weight.shape) for weight in block.matrices.values())
     return CostTable(options, total)
+
+
+def widths_of(
+    block: Block, found: Mapping[str, Curvature], step: Structured, head_dim: int
+) -> dict[Part, list[tuple[int, int, float]]]:
+    """The widths of one layer, ascending to all of it, as in `CostTable`, from the curvature of its matrices."""
+    prefix = f"model.{block.name}."
+    shapes = {module: weight.shape for module, weight in block.matrices.items()}
+    options: dict[Part, list[tuple[int, int, float]]] = {}
+    for part in step.parts:
+        writer = prefix + WRITER[part]
+        count, width = groups_of(shapes, prefix, part, head_dim)
+        multiple = step.multiple if part == "neurons" else 1
+        least = min(count, multiple * math.ceil(count / LEAST / multiple)) if part == "neurons" else 1
+        curvature = found[writer]
+        W = block.matrices[writer].dense().astype(np.float64) * np.sqrt(curvature.outputs)[:, None]
+        G = regular(curvature.inputs, step.damping, where=writer)
+        ranked = rank_columns(W, G, group=width, least=least, batch=BATCH[part], choice=step.choice)
+        each = parameters(shapes, prefix, part, head_dim)
+        kept = sorted({k for k in ranked.errors if least <= k and (k % multiple == 0 or k == count)})
+        options[part] = [(k, k * each, 0.5 * ranked.errors[k]) for k in kept]
+    return options
 
 
 PLANNED = Planned.parts

@@ -28,6 +28,8 @@ inverted twice); coordinate descent as in QuantEase, Behdin et al., arXiv 2309.0
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -68,21 +70,56 @@ def inverse_factor(H: Doubles, *, where: str) -> Doubles:
             " damping"
         ) from None
     upper = lower[::-1, ::-1]  # H = R R^T with R upper triangular, so H^-1 = (R^-1)^T R^-1
-    return np.linalg.inv(upper)
+    return _triangular_inverse(np.ascontiguousarray(upper))
 
 
-def gptq(
-    W: Floats, H: Doubles, lattice: Lattice, *, order: Order = "given", batch: int = BATCH, where: str = "matrix"
-) -> Bytes:
-    """Codes (out, in) of W: (out, in) on `lattice` in the metric H: (in, in), damped already. See the module.
+def _triangular_inverse(R: Doubles) -> Doubles:
+    """R^-1 of an upper triangular R: [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1], so nearly all work is products."""
+    size = len(R)
+    if size <= BATCH:
+        return np.triu(np.linalg.inv(R))
+    half = size // 2
+    first, last = _triangular_inverse(R[:half, :half]), _triangular_inverse(R[half:, half:])
+    whole = np.zeros_like(R)
+    whole[:half, :half], whole[half:, half:] = first, last
+    whole[:half, half:] = -first @ (R[:half, half:] @ last)
+    return whole
 
-    `order` "activation" takes columns of large H_jj first. `batch` changes nothing but the speed.
+
+@dataclass(frozen=True)
+class Metric:
+    """H of some inputs, damped, and what is worked out of it once for all matrices that read them."""
+
+    H: Doubles
+    order: Order = "given"
+    where: str = "matrix"
+
+    @cached_property
+    def single(self) -> Floats:
+        """H in float32, for the products that move errors on."""
+        return self.H.astype(np.float32)
+
+    @cached_property
+    def turn(self) -> NDArray[np.int64]:
+        """The columns in the order in which gptq takes them."""
+        if self.order == "activation":
+            return np.argsort(-self.H.diagonal(), kind="stable")
+        return np.arange(len(self.H))
+
+    @cached_property
+    def factor(self) -> Floats:
+        """U of the module's text, for the columns in that order."""
+        return inverse_factor(self.H[np.ix_(self.turn, self.turn)], where=self.where).astype(np.float32)
+
+
+def gptq(W: Floats, metric: Metric, lattice: Lattice, *, batch: int = BATCH) -> Bytes:
+    """Codes (out, in) of W: (out, in) on `lattice` in the metric H: (in, in). See the module.
+
+    The order "activation" takes columns of large H_jj first. `batch` changes nothing but the speed. Raises ModelError:
+    H is not positive definite.
     """
     columns = W.shape[1]
-    turn = np.arange(columns)
-    if order == "activation":
-        turn = np.argsort(-H.diagonal(), kind="stable")
-    U = inverse_factor(H[np.ix_(turn, turn)], where=where).astype(np.float32)
+    turn, U = metric.turn, metric.factor
     rest = np.ascontiguousarray(W.T[turn], dtype=np.float32)  # (in, out): a column of W is a row here
     codes = np.empty(rest.shape, np.uint8)
     points = _Points(lattice)
@@ -100,29 +137,29 @@ def gptq(
     return np.ascontiguousarray(result.T)
 
 
-def descend(W: Floats, H: Doubles, lattice: Lattice, codes: Bytes, *, passes: int, batch: int = BATCH) -> Bytes:
+def descend(W: Floats, metric: Metric, lattice: Lattice, codes: Bytes, *, passes: int, batch: int = BATCH) -> Bytes:
     """Codes that cost no more than `codes`: `passes` times over all columns, each to its best grid point."""
     columns = W.shape[1]
-    metric = H.astype(np.float32)
+    H = metric.single
     points = _Points(lattice)
     values = np.ascontiguousarray(restored(codes, lattice).T)
     found = np.ascontiguousarray(codes.T)
     for _ in range(passes):
-        pull = metric @ (W.T - values)  # (in, out): H (W - W')^T, kept up to date batch by batch
+        pull = H @ (W.T - values)  # (in, out): H (W - W')^T, kept up to date batch by batch
         for start in range(0, columns, batch):
             end = min(start + batch, columns)
             moves = np.empty((end - start, values.shape[1]), np.float32)
             for j in range(start, end):
-                found[j], value = points.nearest(values[j] + pull[j] / metric[j, j], j)
+                found[j], value = points.nearest(values[j] + pull[j] / H[j, j], j)
                 move = value - values[j]
                 values[j] = value
-                pull[j + 1 : end] -= metric[j + 1 : end, j, None] * move
+                pull[j + 1 : end] -= H[j + 1 : end, j, None] * move
                 moves[j - start] = move
-            pull[end:] -= metric[end:, start:end] @ moves
+            pull[end:] -= H[end:, start:end] @ moves
     return np.ascontiguousarray(found.T)
 
 
-def refit(W: Floats, H: Doubles, codes: Bytes, lattice: Lattice) -> Lattice:
+def refit(W: Floats, metric: Metric, codes: Bytes, lattice: Lattice) -> Lattice:
     """The stored scales, and minima where the grid has them, next to those that fit `codes` best in the metric H.
 
     Zero points stay. A row that storing would make worse than it was keeps its scales, so e is no larger.
@@ -133,7 +170,7 @@ def refit(W: Floats, H: Doubles, codes: Bytes, lattice: Lattice) -> Lattice:
     blocks = lattice.scale.shape[1]
     size = grid.block
     pad = ((0, 0), (0, blocks * size - columns))
-    metric = np.pad(H, (pad[1], pad[1])).astype(np.float32)
+    H = np.pad(metric.single, (pad[1], pad[1]))
     part = np.zeros((rows, blocks, 2 if with_minima else 1, size), np.float32)  # what each unknown is multiplied by
     part[:, :, 0] = in_blocks_of(codes, lattice) - (0 if with_minima else lattice.zero[:, :, None])
     if with_minima:
@@ -143,11 +180,12 @@ def refit(W: Floats, H: Doubles, codes: Bytes, lattice: Lattice) -> Lattice:
     part = flat.reshape(rows, part.shape[2], blocks, size)  # (rows, unknowns, blocks, block)
     count = part.shape[1]
     system = np.empty((rows, blocks, count, blocks, count))
-    for at in range(blocks):
-        reach = part[:, :, at].reshape(-1, size) @ metric[at * size : (at + 1) * size]
-        reach = reach.reshape(rows, count, blocks, size)
-        system[:, at] = np.einsum("rcbk,rdbk->rcbd", reach, part, optimize=True)
-    target = (np.pad(W, pad) @ metric).reshape(rows, blocks, size)
+    for at in range(blocks):  # it is symmetric
+        reach = part[:, :, at].reshape(-1, size) @ H[at * size : (at + 1) * size, at * size :]
+        reach = reach.reshape(rows, count, blocks - at, size)
+        system[:, at, :, at:] = found = np.einsum("rcbk,rdbk->rcbd", reach, part[:, :, at:], optimize=True)
+        system[:, at:, :, at] = found.transpose(0, 2, 3, 1)
+    target = (np.pad(W, pad) @ H).reshape(rows, blocks, size)
     right = np.einsum("rbk,rcbk->rbc", target, part, optimize=True).reshape(rows, -1)
     system = system.reshape(rows, blocks * count, -1)  # type: ignore[assignment]
     ridge = 1e-6 * np.einsum("rii->r", system) / system.shape[1] + 1e-30
@@ -161,7 +199,7 @@ def refit(W: Floats, H: Doubles, codes: Bytes, lattice: Lattice) -> Lattice:
         zero=lattice.zero if grid.offset == "zero" else None,
         minimum=minimum[0] if minimum else None,
     )
-    worse = _row_errors(W, restored(codes, new), H) > _row_errors(W, restored(codes, lattice), H)
+    worse = _row_errors(W, restored(codes, new), metric.H) > _row_errors(W, restored(codes, lattice), metric.H)
     return _choose(worse, lattice, new)
 
 
@@ -205,7 +243,13 @@ def output_error(W: Floats, rounded: Floats, H: Doubles) -> float:
     return float(_row_errors(W, rounded, H).sum())
 
 
+def output_power(W: Floats, H: Doubles) -> float:
+    """tr(W H W^T), what an error is held against; in float32, as nothing cancels."""
+    return float(np.einsum("ij,ij->", W @ H.astype(np.float32), W))
+
+
 def _row_errors(W: Floats, rounded: Floats, H: Doubles) -> Doubles:
+    """In float64: what is left after compensation is small beside the terms that cancel."""
     difference = (W - rounded).astype(np.float64)
     errors: Doubles = np.einsum("ij,ij->i", difference @ H, difference)
     return errors

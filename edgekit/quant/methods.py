@@ -31,13 +31,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekit.checkpoint import Block
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
 from edgekit.model.stages import in_order, stage_of
 from edgekit.quant import rounding
-from edgekit.quant.gptq import Order, damped, descend, gptq, in_blocks_of, output_error, refit
+from edgekit.quant.gptq import Metric, Order, damped, descend, gptq, in_blocks_of, output_error, output_power, refit
 from edgekit.quant.grid import Grid, fit, in_blocks, round_to_grid, squared_error
 from edgekit.quant.hqq import hqq
 from edgekit.quant.scaling import awq_scales, scaled
@@ -162,6 +163,7 @@ def quantise_block(
     now = Block(block.name, dict(block.matrices), block.vectors)
     plain, output = [], []
     skipped: list[Skip] = []
+    shared: tuple[NDArray[np.float64], Metric] | None = None
     for module in in_order(block.matrices):
         whole = block.matrices[module]
         parts: dict[str, Dense | Quantized] = dict(stored_parts(module, whole))
@@ -178,10 +180,11 @@ def quantise_block(
                 rounded = hqq_rounded(W, grid, name) if method == "hqq" and grid.bits < 8 else None
                 rounded = rounded or round_to_grid(W, grid, where=name, search=search)
             else:
-                tied = TIED if module == TABLE else compensation.damping
-                rounded, errors = compensated(
-                    W, found, grid, dataclasses.replace(compensation, damping=tied), name, search=search
-                )
+                damping = TIED if module == TABLE else compensation.damping
+                options = dataclasses.replace(compensation, damping=damping)
+                if shared is None or shared[0] is not found.gram:  # q, k and v read the same, and so do gate and up
+                    shared = found.gram, metric_of(found, options, name)
+                rounded, errors = compensated(W, found, grid, options, name, search=search, metric=shared[1])
                 output.append(errors)
             plain.append(squared_error(W, rounded))
             parts[name] = rounded
@@ -221,37 +224,52 @@ def _statistics(block: Block, inputs: Inputs | None, module: str, grid: Grid) ->
 
 
 def compensated(
-    W: Floats, found: InputStatistics, grid: Grid, options: Compensation, where: str, *, search: bool
+    W: Floats,
+    found: InputStatistics,
+    grid: Grid,
+    options: Compensation,
+    where: str,
+    *,
+    search: bool,
+    metric: Metric | None = None,
 ) -> tuple[Quantized, tuple[float, float]]:
-    """W: (out, in) rounded by gptq, and (output error, output power) in the metric of its inputs."""
-    H = damped(found.gram, options.damping, where=where)
+    """W: (out, in) rounded by gptq, and (output error, output power) in the metric of its inputs.
+
+    `metric`: what `metric_of` gives for these inputs and options, where a matrix before has made it.
+    """
+    metric = metric or metric_of(found, options, where)
     aim = W
     if options.follow and found.cross is not None:
         moved = W.astype(np.float64) @ (found.cross - found.gram)
         if found.drift is not None and where.endswith(WRITERS):
             moved = moved + found.drift
-        aim = (W + options.follow * np.linalg.solve(H, moved.T).T).astype(np.float32)
+        aim = (W + options.follow * np.linalg.solve(metric.H, moved.T).T).astype(np.float32)
     blocks = -(-W.shape[1] // grid.block)
     importance = np.zeros((blocks, grid.block), np.float32)
-    importance.reshape(-1)[: W.shape[1]] = H.diagonal() / H.diagonal().mean()
+    importance.reshape(-1)[: W.shape[1]] = metric.H.diagonal() / metric.H.diagonal().mean()
     parts: list[Weight] = []
     error = power = 0.0
     for start in range(0, max(len(W), 1), ROWS):
         rows = aim[start : start + ROWS]
         lattice = fit(in_blocks(rows, grid), grid, where=where, importance=importance, search=search)
-        codes = gptq(rows, H, lattice, order=options.order, where=where)
+        codes = gptq(rows, metric, lattice)
         for _ in range(options.refine):
-            codes = descend(rows, H, lattice, codes, passes=1)
-            lattice = refit(rows, H, codes, lattice)
+            codes = descend(rows, metric, lattice, codes, passes=1)
+            lattice = refit(rows, metric, codes, lattice)
         if options.refine:
-            codes = descend(rows, H, lattice, codes, passes=1)
+            codes = descend(rows, metric, lattice, codes, passes=1)
         part = lattice.store(in_blocks_of(codes, lattice), W.shape[1])
         parts.append(part)
         error += output_error(rows, part.dense(), found.gram)
-        power += output_error(rows, np.zeros_like(rows), found.gram)
+        power += output_power(rows, found.gram)
     whole = concatenate(parts)
     assert isinstance(whole, Quantized)
     return whole, (error, power)
+
+
+def metric_of(found: InputStatistics, options: Compensation, where: str) -> Metric:
+    """The metric of inputs, damped. Raises ModelError: they are not finite."""
+    return Metric(damped(found.gram, options.damping, where=where), options.order, where)
 
 
 def hqq_rounded(W: Floats, grid: Grid, where: str) -> Quantized:

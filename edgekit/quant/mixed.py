@@ -36,13 +36,14 @@ from edgekit.quant.knapsack import choose
 from edgekit.quant.lattice import nearest
 from edgekit.quant.methods import Compensation, Method, needs_of, quantise_block
 from edgekit.step import Changes, MatrixOutline, Needs, Outline, Prediction, StepContext
-from edgekit.weight import Quantized, Weight, of_parts, owner_of, stored_parts
+from edgekit.weight import Factored, Quantized, Weight, of_parts, owner_of, stored_parts
 
 if TYPE_CHECKING:
     from edgekit.calibrate import Survey
     from edgekit.quant.sensitivity import Curvature
 
 KEEP = "keep"
+SAMPLED = 128  # rows of a matrix whose rounding is tried in each format
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Mixed:
         for block, found, squares in curvatures(survey, seed=0):
             vectors += sum(values.nbytes for values in block.vectors.values())
             for module, curvature in found.items():
-                choices[module] = self._options(block.matrices[module], module, curvature, squares[module])
+                choices[module] = self.options_for(block.matrices[module], module, curvature, squares[module])
         return Table(choices, vectors)
 
     def planned(self, table: Table) -> Mixed:
@@ -149,20 +150,26 @@ class Mixed:
         lines = [f"{m} {rows[at][0]}" for (m, rows), at in zip(table.choices.items(), chosen, strict=True)]
         return dataclasses.replace(self, plan=tuple(sorted(lines)))
 
-    def _options(
+    def options_for(
         self, weight: Weight, module: str, curvature: Curvature, squares: object
     ) -> list[tuple[str, int, float]]:
-        """(format, bytes, cost) of each way to store one matrix."""
+        """(format, bytes, cost) of each way to store one matrix; costs are estimated on a few of its rows."""
+        sample = None if isinstance(weight, Factored) else curvature.sample(SAMPLED)
+        shapes = [part.shape for _, part in stored_parts(module, weight)]
+        whole_bytes = weight.size_bytes
+        if sample is not None:
+            assert not isinstance(weight, Factored)
+            weight = weight.rows(sample.rows)
         W = weight.dense()
         found: list[tuple[str, int, float]] = []
         grids = self.grids
         if isinstance(weight, Quantized):
-            found.append((KEEP, weight.size_bytes, 0.0))
+            found.append((KEEP, whole_bytes, 0.0))
             smaller = small_scales(weight)
             if smaller is not None:
                 grids = [grid for grid in grids if grid.bits < weight.bits]
-                error = smaller.dense() - W
-                found.append((_line(grid_of(smaller)), smaller.size_bytes, curvature.loss(error)))
+                error, grid = smaller.dense() - W, grid_of(smaller)
+                found.append((_line(grid), grid.size_bytes(shapes[0]), curvature.loss(error, sample)))
         importance = np.asarray(squares, np.float32)
         parts = [part.dense() for _, part in stored_parts(module, weight)]
         for grid in grids:
@@ -171,9 +178,9 @@ class Mixed:
             known = importance if len(parts) == 1 else None  # of a factored matrix it is no weight of its columns
             rounded = [round_to_grid(part, grid, where=module, importance=known, search=self.search) for part in parts]
             error = of_parts(weight, rounded).dense() - W
-            size_bytes = sum(part.size_bytes for part in rounded)
-            found.append((_line(grid), size_bytes, curvature.loss(error)))
-        return found or [(KEEP, weight.size_bytes, 0.0)]
+            size_bytes = sum(map(grid.size_bytes, shapes))
+            found.append((_line(grid), size_bytes, curvature.loss(error, sample)))
+        return found or [(KEEP, whole_bytes, 0.0)]
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
         matrices = {module: self._smaller(module, weight) for module, weight in block.matrices.items()}

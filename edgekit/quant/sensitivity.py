@@ -45,6 +45,14 @@ HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Some rows of a matrix, and weights with which sums over them estimate, without bias, sums over all."""
+
+    rows: NDArray[np.int64]
+    weights: Doubles
+
+
+@dataclass(frozen=True)
 class Curvature:
     """Of one matrix: G (in, in) and r (out,) of the module's text, float64; `looked_up` (out, in) for a token table."""
 
@@ -52,16 +60,37 @@ class Curvature:
     outputs: Doubles
     looked_up: Floats | None = None
 
-    def loss(self, error: Floats) -> float:
-        """The KL, in nats a token, that an error (out, in) will make."""
-        total = 0.0
+    def loss(self, error: Floats, sample: Sample | None = None) -> float:
+        """The KL, in nats a token, that an error (out, in) will make; `error` holds the rows of `sample` where given,
+        and the loss is then estimated from them."""
+        outputs, looked_up = self.outputs, self.looked_up
+        if sample is not None:
+            outputs = outputs[sample.rows]
+            looked_up = None if looked_up is None else looked_up[sample.rows]
+        rows = np.empty(len(error))
         for start in range(0, len(error), 4096):
             part = error[start : start + 4096]
-            rows = np.einsum("ij,ij->i", part @ self.inputs.astype(np.float32), part)
-            total += float(rows @ self.outputs[start : start + 4096])
+            rows[start : start + 4096] = np.einsum("ij,ij->i", part @ self.inputs.astype(np.float32), part)
+        rows *= outputs
+        if looked_up is not None:
+            rows += np.einsum("ij,ij,ij->i", looked_up, error, error)
+        return 0.5 * float(rows.sum() if sample is None else rows @ sample.weights)
+
+    def sample(self, count: int) -> Sample | None:
+        """About `count` rows, drawn in proportion to what white noise in them would cost; None where that is no fewer.
+
+        The draw is systematic, so it needs no seed: row i is taken at each step of 1 / count that its share covers.
+        """
+        share = self.outputs * float(self.inputs.trace())
         if self.looked_up is not None:
-            total += float(np.einsum("ij,ij,ij->", self.looked_up, error, error))
-        return 0.5 * total
+            share = share + self.looked_up.sum(1, dtype=np.float64)
+        if len(share) <= count or not share.sum() > 0:
+            return None
+        share = share / share.sum()
+        ends = (np.arange(count) + 0.5) / count
+        drawn = np.searchsorted(np.cumsum(share), ends).clip(max=len(share) - 1)
+        rows, times = np.unique(drawn, return_counts=True)
+        return Sample(rows, times / (count * share[rows]))
 
 
 def curvatures(survey: Survey, *, seed: int) -> Iterator[tuple[Block, dict[str, Curvature], dict[str, Doubles]]]:

@@ -12,7 +12,7 @@ import ctypes
 import math
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.bundle import DecoderSpec
-from edgekit.errors import ContextOverflow, DeviceError, UserError
+from edgekit.errors import ContextOverflow, DeviceError, ModelError, UserError
 from edgekit.kernels import library
 from edgekit.runtime.budget import PREFILL_CHUNK
 
@@ -31,8 +31,10 @@ class Engine:
 
     `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold; `run_seconds`
     adds up the time spent inside onnxruntime; `native` says whether our kernels run, and `kernels`
-    which path of them, or "stock".
+    which path of them, or "stock". `reason` is why it does not run on what the bundle is for: never here.
     """
+
+    reason = ""
 
     def __init__(
         self,
@@ -41,10 +43,12 @@ class Engine:
         *,
         context: int,
         threads: int,
+        decode_threads: int | None = None,
         budget: int | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Load the graph; `trace` is how the file of `end_trace` begins, `budget` the one of sparse attention.
+        """Load the graph. `decode_threads` is for single tokens, where our kernels run, `budget` the one of sparse
+        attention, `trace` how the file of `end_trace` begins.
 
         Raises DeviceError when onnxruntime refuses it or the cache cannot be had.
         """
@@ -54,13 +58,14 @@ class Engine:
         self.tokens: list[int] = []
         self.run_seconds = 0.0
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = max(threads, decode_threads or 1)
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised as well
         if trace is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(trace)
         wanted = spec.operators == "edgekit"
-        self.native = wanted and library.register(options, decode_threads=threads, prefill_threads=threads)
+        decode = decode_threads or min(threads, spec.decode_threads or threads)
+        self.native = wanted and library.register(options, decode_threads=decode, prefill_threads=threads)
         self.kernels = library.path_name() or "stock" if self.native else "stock"
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -103,6 +108,34 @@ class Engine:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         del self.tokens[length:]
+
+    def kept(self, length: int) -> dict[str, NDArray[Any]]:
+        """What the cache holds of the first `length` tokens: views by name, (1, kv_heads, n, ...), n by `length`."""
+        assert length <= len(self.tokens)
+        return {name: buffer[:, :, : self._extent(name, length)] for name, (buffer, _) in self._cache.items()}
+
+    def restore(self, tokens: Sequence[int], kept: Mapping[str, NDArray[Any]]) -> None:
+        """Make `tokens` the sequence, of which `kept` came from an engine of the same graph.
+
+        Raises ModelError when `kept` has other parts, shapes or types than this cache; the cache is then as before.
+        """
+        parts = {name: buffer[:, :, : self._extent(name, len(tokens))] for name, (buffer, _) in self._cache.items()}
+        same = parts.keys() == kept.keys() and all(
+            (part.shape, part.dtype) == (kept[name].shape, kept[name].dtype) for name, part in parts.items()
+        )
+        if len(tokens) > self.context or not same:
+            raise ModelError("a kept cache must be of the same bundle, and fit in its context: this one does not")
+        self.tokens.clear()  # an interrupt in the middle must not leave half of them valid
+        for name, part in parts.items():
+            part[...] = kept[name]
+        self.tokens.extend(tokens)
+
+    def _extent(self, name: str, tokens: int) -> int:
+        """How much of a buffer's third axis `tokens` positions take."""
+        index, part = name.split(".")
+        layer = self.spec.layers[int(index)]
+        shapes = {"codes": layer.code_shape, "means": layer.mean_shape}
+        return shapes[part](tokens)[2] if part in shapes else tokens
 
     @property
     def budget(self) -> int | None:

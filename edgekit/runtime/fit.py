@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.bundle import MODEL, Bundle
+from edgekit.bundle import MODEL, Bundle, DecoderSpec
 from edgekit.device import Device
 from edgekit.errors import BudgetError, DeviceError, ModelError, UserError
 from edgekit.profile.graph import read_graph
@@ -27,7 +27,7 @@ from edgekit.runtime.budget import BASE_BYTES, PREFILL_CHUNK
 GIB = 2**30
 SYSTEM_SHARE = 0.06  # of the RAM, for firmware, kernel and page tables: an assumption, said wherever it is used
 SYSTEM_BYTES = 200_000_000  # and what a system without a desktop runs: an assumption too
-ARCHES = {"portable": "any", "x86": "x86_64", "arm": "aarch64"}  # of targets
+ARCHES = {"portable": "any", "x86": "x86_64", "arm": "aarch64", "npu-qnn": "any", "npu-openvino": "any"}  # of targets
 LEAST_CONTEXT = 512  # tokens: with fewer a chat is no use
 STEP = 64  # tokens
 BLOCKS = 4096  # tokens: whole blocks of any cache
@@ -160,11 +160,14 @@ def fit(footprint: Footprint, device: Device, *, context: int | None = None, ram
 
 def bundle_footprint(path: Path) -> Footprint:
     """The footprint of a decoder's bundle, from its graph. Errors: as `Bundle.open`."""
-    bundle = Bundle.open(path)
-    spec = bundle.spec
-    graph = read_graph(bundle.file(MODEL))
+    return spec_footprint(Bundle.open(path).spec, path)
+
+
+def spec_footprint(spec: DecoderSpec, folder: Path) -> Footprint:
+    """The footprint of the graph in `folder`, perhaps of a bundle in the making. Raises ModelError: a broken graph."""
+    graph = read_graph(folder / MODEL)
     return Footprint(
-        name=path.name,
+        name=folder.name,
         arch=ARCHES.get(spec.target, "any"),
         weights_bytes=spec.resident_bytes,
         read_bytes=int(sum(graph.read_bytes().values())),

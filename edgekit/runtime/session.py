@@ -16,14 +16,18 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from edgekit.bundle import MODEL, Bundle
+from edgekit.bundle import MODEL, PREFILL, Bundle
 from edgekit.errors import ContextOverflow, ModelError, UserError
 from edgekit.host import host_device
 from edgekit.runtime.budget import PREFILL_CHUNK, MemoryPlan, plan_memory
+from edgekit.runtime.control import Encoder
 from edgekit.runtime.engine import Engine
+from edgekit.runtime.providers import Processor, choose
 from edgekit.runtime.sampling import Constraint, Sampler, Sampling
+from edgekit.runtime.static import StaticEngine, compiled_name
 from edgekit.runtime.template import ChatTemplate, Message
 from edgekit.runtime.text import TextStream, whole
+from edgekit.runtime.threads import kept
 
 Prompt = str | Sequence[Message]
 
@@ -51,11 +55,14 @@ class Session:
     `go_on` is asked before each run of the model, one token or a piece of the prompt: an answer ends where it says no.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine | StaticEngine, tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
+        self._encoder = None if template is None else Encoder(tokenizer, template)
         self.current: Generation | None = None
         self.go_on: Callable[[], bool] = lambda: True
 
@@ -67,9 +74,12 @@ class Session:
         context: int | None = None,
         threads: int | None = None,
         budget: int | None = None,
+        processor: Processor = "auto",
     ) -> Session:
-        """Open a bundle. `context` defaults to the bundle's, `threads` to the cores that this machine has for it.
-        `budget` is how many positions a token attends to exactly, where the bundle has sparse attention.
+        """Open a bundle. `context` defaults to the bundle's, `threads` to what a sweep found best here for prefill and
+        for decode (`edgekit.runtime.threads`), else to the cores that this machine has for it.
+        `budget` is how many positions a token attends to exactly, where the bundle has sparse attention. `processor`
+        says where a bundle for an NPU runs: see `edgekit.runtime.providers`.
 
         Raises UserError or ModelError for a bad bundle, BudgetError before loading when memory does not suffice.
         """
@@ -86,11 +96,22 @@ class Session:
         plan = plan_memory(bundle.spec, context=context or limit)
         plan.refuse_if_too_large()
         tokenizer = _tokenizer(bundle)
+        all_cores = threads or host_device().threads or 1
+        if bundle.spec.static is not None:
+            for name in (PREFILL, *(map(compiled_name, (MODEL, PREFILL)) if bundle.spec.static.compiled else ())):
+                bundle.file(name)
+            choice = choose(bundle.spec.static.provider, processor)
+            static = StaticEngine(bundle.path, bundle.spec, context=context, threads=all_cores, choice=choice)
+            return cls(bundle, static, tokenizer, _template(bundle))
+        if processor != "auto":
+            raise UserError(f"--processor is for bundles of an NPU: {path} is for {bundle.spec.target}")
+        prefill, decode = (None if threads else kept(bundle)) or (all_cores, None)
         engine = Engine(
             bundle.file(MODEL),
             bundle.spec,
             context=context or limit,
-            threads=threads or host_device().threads or 1,
+            threads=prefill,
+            decode_threads=decode,
             budget=budget,
         )
         return cls(bundle, engine, tokenizer, _template(bundle))
@@ -101,7 +122,7 @@ class Session:
         return plan_memory(self.bundle.spec, context=self.engine.context)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, or of messages through the chat template.
+        """Token ids of a text, or of messages through the chat template, where no message makes a control token.
 
         Raises UserError for an empty prompt, one that gives no tokens, or messages without a template.
         """
@@ -109,10 +130,10 @@ class Session:
             raise UserError("the prompt must not be empty: write some text, or at least one message")
         if isinstance(prompt, str):
             ids: list[int] = self.tokenizer.encode(prompt).ids
-        elif self.template is None:
+        elif self._encoder is None:
             raise UserError(f"chat needs a chat template: {self.bundle.path} has none; pass plain text (--raw)")
         else:
-            ids = self.tokenizer.encode(self.template.render(prompt), add_special_tokens=False).ids
+            ids = self._encoder(prompt)
         if not ids:
             raise UserError(f"the prompt must give tokens: the tokenizer makes none of {prompt!r:.80}")
         return ids

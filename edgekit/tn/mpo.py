@@ -29,6 +29,8 @@ from edgekit.tn.whitening import Doubles
 from edgekit.weight import Dense, Factored, Floats
 
 Sites = tuple[tuple[int, int], ...]
+DIRECT = 1024  # unknowns in a row of a core up to which its least squares problem is solved exactly
+STEPS = 8  # of conjugate gradients beyond
 
 
 def balanced(number: int, parts: int) -> tuple[int, ...] | None:
@@ -141,43 +143,102 @@ def cores_of(weight: Factored) -> list[Doubles]:
     ]
 
 
+def centered(cores: Sequence[Doubles], at: int) -> list[Doubles]:
+    """The same chain in canonical form: every core but `at` is orthogonal towards it, so its numbers are W's own."""
+    found = list(cores)
+    for k in range(at):
+        c, o, i, d = found[k].shape
+        Q, R = np.linalg.qr(found[k].reshape(-1, d))
+        found[k], found[k + 1] = Q.reshape(c, o, i, -1), np.tensordot(R, found[k + 1], 1)
+    for k in range(len(found) - 1, at, -1):
+        c, o, i, d = found[k].shape
+        Q, R = np.linalg.qr(found[k].reshape(c, -1).T)
+        found[k], found[k - 1] = Q.T.reshape(-1, o, i, d), np.tensordot(found[k - 1], R.T, 1)
+    return found
+
+
 def refined(weight: Factored, W: Floats, gram: Doubles, *, passes: int = 1) -> Factored:
     """Each core in turn as the least squares solution in the metric `gram` (in, in) of what W: (out, in) reads.
 
+    Cores of at most `DIRECT` unknowns a row are solved for, larger ones brought nearer by `STEPS` conjugate gradients.
     tr((W - W') G (W - W')^T) never rises, to rounding. Source: alternating least squares, Holtz et al. 2012.
     """
     cores = cores_of(weight)
-    count = len(cores)
+    count, exact = len(cores), W.astype(np.float64)
     for _ in range(passes):
         for at in [*range(count), *range(count - 2, 0, -1)]:
-            cores[at] = _solved(cores, at, W.astype(np.float64), gram)
+            cores = centered(cores, at)
+            cores[at] = _Core(cores, at, exact, gram).better()
     joined = [core.reshape(len(core), -1, core.shape[-1]) for core in cores]
     return stored(joined, weight.sites)
 
 
-def _solved(cores: Sequence[Doubles], at: int, W: Doubles, gram: Doubles) -> Doubles:
-    """Core `at`, all others fixed. Its rows (o) are independent and share one normal matrix over (left, i, right)."""
-    left, right = _joined(cores[:at]), _joined(cores[at + 1 :])  # (1, P, Q, c) and (c', P', Q', 1)
-    c, o, i, d = cores[at].shape
-    P, Q, R, S = left.shape[1], left.shape[2], right.shape[1], right.shape[2]
-    # W' = sum_cd L[p q c] X[c o i d] R[d r s]; rows (p o r), columns (q i s)
-    J = np.einsum("pqc,drs->cdprqs", left[0], right[..., 0]).reshape(c * d, P * R, Q * S)
-    G = gram.reshape(Q, i, S, Q, i, S).transpose(1, 4, 0, 2, 3, 5).reshape(i, i, Q * S, Q * S)
-    WG = (W @ gram).reshape(P, o, R, Q, i, S).transpose(1, 4, 0, 2, 3, 5).reshape(o * i, -1)
-    flat = J.reshape(c * d, -1)
-    normal = np.empty((i, c * d, i, c * d))
-    for first in range(i):
-        for second in range(first, i):
-            block = (J @ G[first, second]).reshape(c * d, -1) @ flat.T
-            normal[first, :, second] = block
-            normal[second, :, first] = block.T
-    square = normal.reshape(i * c * d, -1)
-    aim = (WG @ flat.T).reshape(o, i * c * d)
-    old = cores[at].transpose(1, 2, 0, 3).reshape(o, -1)
-    ridge = 1e-10 * np.trace(square) / len(square) + 1e-300
-    new = old + np.linalg.solve(square + ridge * np.eye(len(square)), (aim - old @ square).T).T
-    core: Doubles = new.reshape(o, i, c, d).transpose(2, 0, 1, 3)
-    return core
+class _Core:
+    """Least squares for one core X: (c, o, i, d), all others fixed: W' = sum_cd L[p q c] X[c o i d] R[d r s].
+
+    Rows of W' are (p o r), columns (q i s). Rows o of X are independent and share one normal matrix over (i, c, d).
+    """
+
+    def __init__(self, cores: Sequence[Doubles], at: int, W: Doubles, gram: Doubles) -> None:
+        left, right = _joined(cores[:at])[0], _joined(cores[at + 1 :])[..., 0]  # (P, Q, c) and (d, R, S)
+        (P, Q, _), (_, R, S) = left.shape, right.shape
+        self.c, self.o, self.i, self.d = cores[at].shape
+        self.sides, self.gram, self.old = (P, R, Q, S), gram, cores[at].transpose(1, 2, 0, 3).reshape(self.o, -1)
+        self.flat = np.einsum("pqc,drs->cdprqs", left, right).reshape(self.c * self.d, -1)
+        self.aim = self._projected(W @ gram)
+
+    def better(self) -> Doubles:
+        direct = self.old.shape[1] <= DIRECT
+        new = self._solved() if direct else self._descended()
+        core: Doubles = new.reshape(self.o, self.i, self.c, self.d).transpose(2, 0, 1, 3)
+        return core
+
+    def _projected(self, M: Doubles) -> Doubles:
+        """What a matrix (out, in) is to the core: (o, i c d)."""
+        P, R, Q, S = self.sides
+        apart = M.reshape(P, self.o, R, Q, self.i, S).transpose(1, 4, 0, 2, 3, 5).reshape(self.o * self.i, -1)
+        found: Doubles = (apart @ self.flat.T).reshape(self.o, -1)
+        return found
+
+    def _applied(self, X: Doubles) -> Doubles:
+        """X: (o, i c d) times the normal matrix, without making it."""
+        P, R, Q, S = self.sides
+        apart = (X.reshape(self.o * self.i, -1) @ self.flat).reshape(self.o, self.i, P, R, Q, S)
+        W = apart.transpose(2, 0, 3, 4, 1, 5).reshape(P * self.o * R, Q * self.i * S)
+        return self._projected(W @ self.gram)
+
+    def _solved(self) -> Doubles:
+        P, R, Q, S = self.sides
+        size = self.c * self.d
+        J = self.flat.reshape(size, P * R, Q * S)
+        G = self.gram.reshape(Q, self.i, S, Q, self.i, S).transpose(1, 4, 0, 2, 3, 5)
+        G = G.reshape(self.i, self.i, Q * S, Q * S)
+        normal = np.empty((self.i, size, self.i, size))
+        for first in range(self.i):
+            for second in range(first, self.i):
+                block = (J @ G[first, second]).reshape(size, -1) @ self.flat.T
+                normal[first, :, second] = block
+                normal[second, :, first] = block.T
+        square = normal.reshape(self.i * size, -1)
+        ridge = 1e-10 * np.trace(square) / len(square) + 1e-300
+        move = np.linalg.solve(square + ridge * np.eye(len(square)), (self.aim - self.old @ square).T).T
+        return np.asarray(self.old + move, np.float64)
+
+    def _descended(self) -> Doubles:
+        """From the old core on; the squared error falls with every step."""
+        X = self.old.copy()
+        rest = self.aim - self._applied(X)
+        towards, size = rest.copy(), float(np.vdot(rest, rest))
+        for _ in range(STEPS):
+            if size <= 1e-20 * float(np.vdot(self.aim, self.aim)):
+                break
+            reached = self._applied(towards)
+            step = size / float(np.vdot(towards, reached))
+            X += step * towards
+            rest -= step * reached
+            size, before = float(np.vdot(rest, rest)), size
+            towards = rest + (size / before) * towards
+        return X
 
 
 def _joined(cores: Sequence[Doubles]) -> Doubles:

@@ -210,8 +210,9 @@ void check_products(const Path& path, const Case& c, uint64_t seed, Findings& fo
   Buffer<float> y(c.inputs * p.width, c.shift);
   std::fill(y.begin(), y.end(), NAN);
   const int64_t units = p.tiles / (c.gated ? 2 : 1), cut = units / 2;
-  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, cut, units);
-  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, 0, cut);
+  std::vector<uint8_t> work(multiply_scratch(p.activations()));
+  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, cut, units, work.data());
+  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, 0, cut, work.data());
   for (int64_t m = 0; m < c.inputs; ++m) {
     for (int64_t n = 0; n < p.width; ++n) {
       const int64_t tile = n / kLanes, lane = n % kLanes;
@@ -381,14 +382,14 @@ Findings check_path(const Path& path, bool full) {
   Findings found;
   Random random(42);
   uint64_t seed = 1;
-  constexpr int64_t kColumns[] = {1, 2, 3, 31, 33, 575, 577, 1023}, kRows[] = {1, 2, 16, 33, 46}, kInputs[] = {0, 1, 2, 3, 11};
+  constexpr int64_t kColumns[] = {1, 2, 3, 31, 33, 575, 577, 1023}, kRows[] = {1, 2, 16, 33, 46}, kInputs[] = {0, 1, 2, 3, 11, 37};
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const int block : {32, 64, 128}) {
       for (const Offset offset : {Offset::kSymmetric, Offset::kZeroPoint, Offset::kMinimum}) {
         for (const int64_t columns : kColumns) {
           for (const int form : {0, 1, 2}) {  // floats, whole numbers, gated
             for (int i = 0; i < (full ? 5 : 1); ++i) {
-              const int64_t rows = full ? kRows[i] : kRows[random.below(5)], inputs = kInputs[random.below(5)];
+              const int64_t rows = full ? kRows[i] : kRows[random.below(5)], inputs = kInputs[random.below(6)];
               const int planes = 1 + static_cast<int>(random.below(2));
               const Case c{bits, block, offset, form == 2 ? 2 * rows : rows, columns, inputs, planes, form == 2, form == 1,
                            random.below(4), random.below(2) == 1};
@@ -444,18 +445,20 @@ int check_threads() {
   Problem p({3, 32, Offset::kMinimum, 160, 577, 11, 2, false, false, 1, true}, 3);
   const char* names[16];
   int different = 0;
+  std::vector<uint8_t> work(multiply_scratch(p.activations()));
   for (int i = -1, count = 0; i < count; ++i) {
     if (i >= 0) choose_path(names[i]);
     Buffer<float> together(p.c.inputs * p.width, 1), alone(p.c.inputs * p.width, 1);
     std::vector<std::thread> threads;
     for (int t = 0; t < kThreads; ++t) {
       threads.emplace_back([&, t] {
+        std::vector<uint8_t> own(work.size());
         path().multiply(p.matrix(), p.activations(), p.epilogue(), together.data(), p.width, p.tiles * t / kThreads,
-                        p.tiles * (t + 1) / kThreads);
+                        p.tiles * (t + 1) / kThreads, own.data());
       });
     }
     for (std::thread& thread : threads) thread.join();
-    path().multiply(p.matrix(), p.activations(), p.epilogue(), alone.data(), p.width, 0, p.tiles);
+    path().multiply(p.matrix(), p.activations(), p.epilogue(), alone.data(), p.width, 0, p.tiles, work.data());
     const bool same = std::equal(alone.begin(), alone.end(), together.begin());
     std::printf("%-12s %d threads: %s\n", path().name, kThreads, same ? "ok" : "differs from one thread");
     different += !same;

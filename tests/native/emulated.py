@@ -1,10 +1,11 @@
-"""Runs a bundle on emulated 64-bit Arm processors, under Debian's arm64 Python with the real wheels for Arm.
+"""Runs an Arm bundle on emulated processors, under Debian's arm64 Python with the real wheels for Arm and its own.
 
     python tests/native/emulated.py BUNDLE build/arm64
 
 The greedy tokens must be those of this machine, on every processor; an instruction that a processor lacks ends the
-program. Needs mmdebstrap and qemu-aarch64-static (Debian: mmdebstrap, qemu-user-static) and ziglang ([cross]). Userland
-and wheels stay in the folder. The wheels are unpacked by this machine's pip: what runs emulated is the program.
+program. Needs mmdebstrap and qemu-aarch64-static (Debian: mmdebstrap, qemu-user-static). Userland and wheels stay in
+the folder. edgekit with its kernels is the wheel in the bundle. All are unpacked here: only the program runs
+emulated.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
-
-from edgekit.kernels.build import build_for
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "jinja2", "click", "psutil", "rich")
@@ -41,15 +41,19 @@ def main(bundle: Path, folder: Path) -> int:
             print(f"emulation needs {program}: apt-get install mmdebstrap qemu-user-static", file=sys.stderr)
             return 5
     folder.mkdir(parents=True, exist_ok=True)
-    userland, site, library = folder / "userland", folder / "site", folder / "_edgekit_kernels.so"
+    userland, site = folder / "userland", folder / "site"
     if not (userland / "usr/bin/python3").exists():
         shutil.rmtree(userland, ignore_errors=True)
         run("mmdebstrap", "--variant=extract", "--architectures=arm64", f"--include={DEBIAN}", SYSTEM, str(userland))
     if not (site / "onnxruntime").exists():
         install(site)
-    for package, source in (("edgekit", ROOT / "edgekit"), ("edgekit/devices", ROOT / "devices")):
-        shutil.copytree(source, site / package, dirs_exist_ok=True)
-    build_for("aarch64", library)
+    wheels = sorted((bundle / "wheels").glob("edgekit-*_aarch64.whl"))
+    if not wheels:
+        print(f"{bundle} must hold edgekit for aarch64: export it with ziglang installed (the extra [cross])")
+        return 2
+    shutil.rmtree(site / "edgekit", ignore_errors=True)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(site)
     words = ("run", str(bundle.resolve()), PROMPT, "--raw", "--max-tokens", str(TOKENS), "--threads", "1", "--json")
     wanted = text_of(subprocess.run([sys.executable, "-c", START, *words], capture_output=True, text=True, check=True))
     print(f"this machine: {wanted!r}")
@@ -60,8 +64,8 @@ def main(bundle: Path, folder: Path) -> int:
             **os.environ,
             "PYTHONPATH": str(site.resolve()),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "EDGEKIT_KERNELS": str(library.resolve()),
         }
+        environment.pop("EDGEKIT_KERNELS", None)  # those of this machine
         emulator = ["qemu-aarch64-static", "-L", str(userland), "-cpu", processor]
         command = [*emulator, str(userland / f"usr/bin/python{PYTHON}"), "-c", START, *words]
         done = subprocess.run(

@@ -3,7 +3,7 @@
 // One conversation at a time is on the page. Text goes into the page as text nodes only: nothing is ever parsed as HTML.
 
 const $ = (id) => document.getElementById(id);
-const state = { status: null, id: newId(), turns: [], running: null, token: sessionStorage.getItem("token") || "" };
+const state = { status: null, id: newId(), turns: [], running: null, document: null, token: sessionStorage.getItem("token") || "" };
 const EXAMPLES = {
   plain: ["Write a haiku about the sea", "Explain what a battery does", "Give me three names for a cat"],
   documents: ["What are these documents about?", "Which rules are the most important?"],
@@ -83,7 +83,7 @@ function sure(title, text) {
 // --- Markdown, the little of it that small models write
 
 function inline(text, parent, cite) {
-  const pattern = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(?<![*\w])\*([^*\s][^*\n]*)\*(?!\w)|\[(\d{1,2})\]/g;
+  const pattern = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(?<![*\w])\*([^*\s][^*\n]*)\*(?!\w)|\[(\d{1,2})\]|\\([\\`*_{}[\]()#+.!~|>-])/g;
   let at = 0;
   for (const found of text.matchAll(pattern)) {
     parent.append(text.slice(at, found.index));
@@ -91,7 +91,8 @@ function inline(text, parent, cite) {
     if (found[1] !== undefined) parent.append(make("code", {}, found[1]));
     else if (found[2] !== undefined) parent.append(make("strong", {}, found[2]));
     else if (found[3] !== undefined) parent.append(make("em", {}, found[3]));
-    else parent.append(cite(Number(found[4])) || found[0]);
+    else if (found[4] !== undefined) parent.append(cite(Number(found[4])) || found[0]);
+    else parent.append(found[5]); // escaped: no mark-up
   }
   parent.append(text.slice(at));
   return parent;
@@ -169,6 +170,7 @@ class Answer {
     if (notes.route) this.notes.route = notes.route.decision || notes.route;
     for (const verdict of [notes.filter || []].flat()) this.showVerdict(verdict);
     if (notes.citations) this.mark(notes.citations);
+    if (notes.document) this.notes.document = notes.document;
     if (notes.cost) this.notes.cost = notes.cost;
     if (notes.finish_reason) this.notes.reason = notes.finish_reason;
     if (notes.dropped_turns) this.notes.dropped = notes.dropped_turns;
@@ -221,7 +223,8 @@ class Answer {
     this.items = this.sources.map((passage, n) => {
       const where = [passage.heading, `characters ${passage.start}–${passage.end}`].filter(Boolean).join(" · ");
       const summary = make("summary", {}, make("b", {}, String(n + 1)), make("span", { className: "name" }, passage.title || passage.document), make("span", { className: "where" }, `${passage.document} · ${where}`));
-      return make("li", {}, make("details", {}, summary, make("p", { tabIndex: 0 }, flowing(passage.text))));
+      const whole = make("button", { type: "button", className: "whole", on: { click: () => readWhole(passage.document, passage.title) } }, "Ask the whole document");
+      return make("li", {}, make("details", {}, summary, make("p", { tabIndex: 0 }, flowing(passage.text)), whole));
     });
     this.element.querySelector(".sources")?.remove();
     this.element.classList.add("sourced");
@@ -268,7 +271,7 @@ class Answer {
   }
 
   showFacts() {
-    const { route, cost, reason, stopped, dropped } = this.notes;
+    const { route, cost, reason, stopped, dropped, document: read } = this.notes;
     const away = route?.to === "elsewhere";
     const rows = [make("span", { className: away ? "route away" : "route", title: route?.reason || "The model on this machine answers." }, away ? `handed over${route.endpoint ? ` to ${route.endpoint}` : ""}` : "here")];
     if (cost) {
@@ -278,6 +281,10 @@ class Answer {
       $("live-speed").textContent = rate(cost.tokens_per_second);
       $("live-energy").textContent = joules(cost);
       $("live-energy").title = cost.joules_reason;
+    }
+    if (read) {
+      const how = { disk: "taken from disk", memory: "still in memory" }[read.origin] || "read";
+      rows.push(`whole document, ${read.tokens.toLocaleString("en")} tokens, ${how} in ${read.seconds.toFixed(1)} s`);
     }
     if (dropped) rows.push(`${dropped} earlier turns left out`);
     if (stopped) rows.push(make("span", { className: "cut" }, "stopped"));
@@ -292,6 +299,18 @@ const toEnd = () => { const main = document.querySelector("main"); main.scrollTo
 // --- asking
 
 const mode = () => document.querySelector("#modes input:checked")?.value || "plain";
+
+function readWhole(path, title) {
+  // The next questions are about this document alone, which the model reads whole; null ends that.
+  state.document = path;
+  $("whole").hidden = path === null;
+  $("whole-name").textContent = path === null ? "" : title || path;
+  $("whole").title = path || "";
+  const documents = document.querySelector("#modes input[value=documents]");
+  if (path !== null && documents) documents.checked = true;
+  say(path === null ? "Questions are about all documents" : `Questions are about the whole of ${title || path}`);
+  $("question").focus();
+}
 
 async function ask(text) {
   $("hello").hidden = true;
@@ -316,6 +335,10 @@ async function answer() {
     stream: true,
     edgekit: { events: true, ...(state.status.records ? { conversation: id } : {}) },
   };
+  if (chosen === "documents" && state.document) {
+    body.edgekit.document = state.document;
+    body.repetition_penalty = 1.1;
+  }
   if (chosen === "plain") Object.assign(body, { temperature: 0.3, top_p: 0.9, repetition_penalty: 1.05 });
   if (chosen === "tools") {
     body.edgekit.tools = state.status.tools.map((tool) => tool.name);
@@ -414,6 +437,7 @@ async function load(id) {
 function begin(id = newId()) {
   state.id = id;
   state.turns = [];
+  if (state.document !== null) readWhole(null);
   $("log").replaceChildren();
   $("hello").hidden = false;
   drawer(false);
@@ -469,8 +493,13 @@ function modes() {
   const { documents, tools } = state.status;
   const kinds = [["plain", "Model"], ...(documents ? [["documents", "Documents"]] : []), ...(tools.length ? [["tools", "Tools"]] : [])];
   const chosen = documents ? "documents" : "plain";
-  $("modes").append(...kinds.map(([value, label]) => make("label", {}, make("input", { type: "radio", name: "mode", value, checked: value === chosen, on: { change: examples } }), label)));
+  $("modes").append(...kinds.map(([value, label]) => make("label", {}, make("input", { type: "radio", name: "mode", value, checked: value === chosen, on: { change: chooseMode } }), label)));
   $("modes").hidden = kinds.length < 2;
+  examples();
+}
+
+function chooseMode() {
+  if (mode() !== "documents" && state.document !== null) readWhole(null);
   examples();
 }
 
@@ -507,6 +536,7 @@ async function start() {
     return;
   }
   const status = state.status;
+  if (status.handover) $("promise").textContent = `The model runs on this machine. Questions that it would get wrong go to ${status.handover}, and the answer says so.`;
   document.title = `${status.model} · edgekit`;
   $("model").textContent = status.model;
   $("about").textContent = `on this machine · ${status.context.toLocaleString("en")} tokens of context${status.documents ? " · with documents" : ""}`;
@@ -533,6 +563,7 @@ document.addEventListener("keydown", (event) => {
 });
 $("stop").addEventListener("click", () => state.running?.abort());
 $("new").addEventListener("click", fresh);
+$("whole-end").addEventListener("click", () => readWhole(null));
 $("export").addEventListener("click", exportAll);
 $("forget").addEventListener("click", forgetAll);
 $("theme").addEventListener("click", () => theme(true));

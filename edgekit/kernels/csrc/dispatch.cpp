@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -13,6 +15,7 @@
 namespace edgekit {
 
 // Null where the library was compiled without them.
+extern const Path* const kAmx;
 extern const Path* const kAvx512;
 extern const Path* const kAvx2Vnni;
 extern const Path* const kAvx2;
@@ -23,9 +26,15 @@ extern const Path* const kPortable;
 
 namespace {
 
-enum Feature : unsigned { kNone = 0, kHasAvx2 = 1, kHasAvxVnni = 2, kHasAvx512 = 4, kHasNeon = 8, kHasDotprod = 16, kHasI8mm = 32 };
+enum Feature : unsigned { kNone = 0, kHasAvx2 = 1, kHasAvxVnni = 2, kHasAvx512 = 4, kHasNeon = 8, kHasDotprod = 16, kHasI8mm = 32, kHasAmx = 64 };
 
 #if defined(__x86_64__)
+
+// Linux keeps the matrix unit's large state for a process only after this request.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 
 // What the processor has and the system saves when it switches tasks. Not __builtin_cpu_supports: the runtime library
 // that comes with zig says no to every question.
@@ -41,6 +50,9 @@ unsigned features() {
   unsigned found = kHasAvx2;
   const bool avx512f = b >> 16 & 1, avx512bw = b >> 30 & 1, avx512vnni = c >> 11 & 1;
   if ((saved & kZmm) == kZmm && avx512f && avx512bw && avx512vnni) found |= kHasAvx512;
+  constexpr unsigned kTiles = 0x60000;
+  const bool amx = (d >> 24 & 1) && (d >> 25 & 1) && (saved & kTiles) == kTiles;
+  if (amx && may_use_tiles()) found |= kHasAmx;
   const bool more = a >= 1;
   if (more && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)) found |= kHasAvxVnni;
   return found;
@@ -68,6 +80,7 @@ struct Choice {
 
 // The best first.
 const Choice kChoices[] = {
+    {kAmx, kHasAvx512 | kHasAmx},
     {kAvx512, kHasAvx512},
     {kAvx2Vnni, kHasAvx2 | kHasAvxVnni},
     {kAvx2, kHasAvx2},

@@ -12,15 +12,18 @@
 namespace edgekit {
 namespace {
 
+// What the innermost loops call is always inline, and they themselves never are: left alone, the compiler stops inlining
+// when a path has grown large, and copies whole loops where nothing is gained.
+
 // Run k of a plane of Width bits, each code shifted up by Up bits; `lines` are the plane's own.
 template <int Width, int Up, int Run>
-inline Bytes run_of(const Bytes* lines) {
+[[gnu::always_inline]] inline Bytes run_of(const Bytes* lines) {
   constexpr int kDown = Width * (Run / Width) - Up;
   return field<kDown, ((1 << Width) - 1) << Up>(lines[Run % Width]);
 }
 
 template <int Bits, int... Runs>
-inline void unpack_runs(const uint8_t* p, Bytes* codes, std::integer_sequence<int, Runs...>) {
+[[gnu::always_inline]] inline void unpack_runs(const uint8_t* p, Bytes* codes, std::integer_sequence<int, Runs...>) {
   constexpr int kLow = low_bits(Bits), kHigh = Bits - kLow;
   Bytes lines[Bits];
   for (int i = 0; i < Bits; ++i) lines[i] = load_bytes(p + 64 * i);
@@ -33,7 +36,7 @@ inline void unpack_runs(const uint8_t* p, Bytes* codes, std::integer_sequence<in
 
 // Columns of 32 of one tile as 8 vectors of codes.
 template <int Bits>
-inline void unpack(const uint8_t* p, Bytes* codes) {
+[[gnu::always_inline]] inline void unpack(const uint8_t* p, Bytes* codes) {
   if constexpr (Bits == 8) {
     for (int g = 0; g < 8; ++g) codes[g] = wide(load_bytes(p + 64 * g));
   } else {
@@ -46,42 +49,85 @@ constexpr int zero_of() {
   return Bits == 8 ? kWideZero : 1 << (Bits - 1);
 }
 
-// The products of one tile with Rows rows of activations, from row `first`. Where scales have 8 bits, a scale is a code
-// times the row's step, which is exact in a float: so the result is that of float16 scales, had they those values.
+// How far ahead weights are fetched, in bytes of codes: every line of them, and the scales that go with them. A processor
+// that guesses the next lines itself gets to a third of its memory's rate with codes and scales as two streams.
+constexpr int64_t kAhead = 4096;
+
+// The scales of one tile and its offsets, block by block. Where scales have 8 bits, a scale is a code times the row's
+// step, which is exact in a float: so the result is that of float16 scales, had they those values.
+template <int Bits, Offset Kind>
+struct TileScales {
+  const uint16_t* scales;
+  const uint8_t* small_scales;  // the same place as bytes, and so on
+  const uint8_t* zero_points;
+  const uint16_t* minima;
+  const int8_t* small_minima;
+  const bool small;
+  Floats step = zeros(), minimum_step = zeros();
+
+  [[gnu::always_inline]] TileScales(const Matrix& w, int64_t tile) : small(w.steps != nullptr) {
+    const int64_t at = tile * w.blocks() * kLanes;
+    scales = static_cast<const uint16_t*>(w.scales) + at;
+    small_scales = static_cast<const uint8_t*>(w.scales) + at;
+    zero_points = static_cast<const uint8_t*>(w.offsets) + at;
+    minima = static_cast<const uint16_t*>(w.offsets) + at;
+    small_minima = static_cast<const int8_t*>(w.offsets) + at;
+    if (small) {
+      constexpr int kNumbers = Kind == Offset::kMinimum ? 2 : 1;
+      step = load_half(w.steps + tile * kNumbers * kLanes);
+      if constexpr (kNumbers == 2) minimum_step = load_half(w.steps + (2 * tile + 1) * kLanes);
+    }
+  }
+  [[gnu::always_inline]] Floats scale(int64_t b) const {
+    return small ? mul(widen(small_scales + b * kLanes), step) : load_half(scales + b * kLanes);
+  }
+  // What a unit of the sum of a block's activations adds, beside a scale.
+  [[gnu::always_inline]] Floats offset(int64_t b, Floats scale) const {
+    if constexpr (Kind == Offset::kZeroPoint) {
+      const Floats shift = all(static_cast<float>(Bits == 8 ? 128 - kWideZero : 0));
+      return mul(sub(shift, widen(zero_points + b * kLanes)), scale);
+    } else if constexpr (Kind == Offset::kMinimum) {
+      const Floats minimum = small ? mul(widen(small_minima + b * kLanes), minimum_step) : load_half(minima + b * kLanes);
+      return Bits == 8 && kWideZero == 0 ? fma(scale, all(128.0f), minimum) : minimum;
+    }
+    return zeros();
+  }
+  [[gnu::always_inline]] void fetch(int64_t b) const {
+    prefetch(small ? small_scales + b * kLanes : reinterpret_cast<const uint8_t*>(scales + b * kLanes));
+    if constexpr (Kind == Offset::kZeroPoint) prefetch(zero_points + b * kLanes);
+    if constexpr (Kind == Offset::kMinimum) {
+      prefetch(small ? small_minima + b * kLanes : reinterpret_cast<const int8_t*>(minima + b * kLanes));
+    }
+  }
+};
+
+// The products of one tile with Rows rows of activations, from row `first`.
 template <int Bits, Offset Kind, int Planes, int Rows>
-inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
+[[gnu::noinline]] void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
   const int64_t blocks = w.blocks();
   const int groups = w.block / 32;
   constexpr int kGroupBytes = kLanes * 32 * Bits / 8;
-  constexpr int kAhead = Bits < 4 ? 2048 : 8 * kGroupBytes;
-  const int64_t at = tile * blocks * kLanes;
   const uint8_t* codes = w.codes + tile * w.tile_codes();
-  const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + at;
-  const uint8_t* small_scales = static_cast<const uint8_t*>(w.scales) + at;
-  const uint8_t* zero_points = static_cast<const uint8_t*>(w.offsets) + at;
-  const uint16_t* minima = static_cast<const uint16_t*>(w.offsets) + at;
-  const int8_t* small_minima = static_cast<const int8_t*>(w.offsets) + at;
-  const bool small = w.steps != nullptr;
-  Floats step = zeros(), minimum_step = zeros();
-  if (small) {
-    constexpr int kNumbers = Kind == Offset::kMinimum ? 2 : 1;
-    step = load_half(w.steps + tile * kNumbers * kLanes);
-    if constexpr (kNumbers == 2) minimum_step = load_half(w.steps + (2 * tile + 1) * kLanes);
-  }
+  const TileScales<Bits, Kind> scales(w, tile);
+  // The first rows bring the tile into the cache, the others find it there.
+  const bool streams = first == 0;
+  const int64_t ahead = (kAhead / kGroupBytes) >> __builtin_ctz(static_cast<unsigned>(groups));
   for (int m = 0; m < Rows; ++m) sums[m] = zeros();
   for (int64_t b = 0; b < blocks; ++b) {
     Ints acc[Planes][Rows];
     for (int p = 0; p < Planes; ++p) {
       for (int m = 0; m < Rows; ++m) {
         const int32_t sum = x.sums[(p * x.rows + first + m) * blocks + b];
-        // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and other offsets are shifted below.
+        // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and TileScales shifts other offsets.
         acc[p][m] = all(Kind == Offset::kSymmetric ? -zero_of<Bits>() * sum : 0);
       }
     }
     for (int g = 0; g < groups; ++g) {
       Bytes unpacked[8];
       unpack<Bits>(codes, unpacked);
-      prefetch(codes + kAhead);
+      if (streams) {
+        for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
+      }
       codes += kGroupBytes;
       for (int p = 0; p < Planes; ++p) {
         for (int m = 0; m < Rows; ++m) {
@@ -90,15 +136,8 @@ inline void tile_product(const Matrix& w, int64_t tile, const Activations& x, in
         }
       }
     }
-    const Floats scale = small ? mul(widen(small_scales + b * kLanes), step) : load_half(scales + b * kLanes);
-    Floats offset = zeros();
-    if constexpr (Kind == Offset::kZeroPoint) {
-      const Floats shift = all(static_cast<float>(Bits == 8 ? 128 - kWideZero : 0));
-      offset = mul(sub(shift, widen(zero_points + b * kLanes)), scale);
-    } else if constexpr (Kind == Offset::kMinimum) {
-      offset = small ? mul(widen(small_minima + b * kLanes), minimum_step) : load_half(minima + b * kLanes);
-      if constexpr (Bits == 8 && kWideZero == 0) offset = fma(scale, all(128.0f), offset);
-    }
+    if (streams) scales.fetch(b + ahead);
+    const Floats scale = scales.scale(b), offset = scales.offset(b, scale);
     for (int m = 0; m < Rows; ++m) {
       const int64_t at = (first + m) * blocks + b;
       const Floats scale_x = all(x.scales[at]);
@@ -133,7 +172,7 @@ inline Floats exponential(Floats x) {
 inline Floats silu(Floats x) { return div(x, add(all(1.0f), exponential(sub(zeros(), x)))); }
 
 // Store the lanes of one tile that are rows of the matrix.
-inline void finish(const Epilogue& end, Floats value, float* y, int64_t at, int64_t column, int64_t rows) {
+[[gnu::noinline]] void finish(const Epilogue& end, Floats value, float* y, int64_t at, int64_t column, int64_t rows) {
   const int64_t count = rows - column < kLanes ? rows - column : kLanes;
   if (count == kLanes) {
     if (end.bias && !end.gated) value = add(value, load(end.bias + column));
@@ -170,47 +209,56 @@ void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, fl
   }
 }
 
+// One tile with the rows of activations from `row` on.
 template <int Bits, Offset Kind, int Planes>
-void tiles_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
-                   int64_t last) {
+inline void tile_rows(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
+                      int64_t row) {
   constexpr int kMost = kAtOnce / Planes, kPair = kMost < 2 ? 1 : 2;
-  for (int64_t tile = first; tile < last; ++tile) {
-    int64_t row = 0;
-    for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost>(w, x, end, y, stride, tile, row);
-    for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair>(w, x, end, y, stride, tile, row);
-    if (row < x.rows) rows_product<Bits, Kind, Planes, 1>(w, x, end, y, stride, tile, row);
-  }
+  for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost>(w, x, end, y, stride, tile, row);
+  for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair>(w, x, end, y, stride, tile, row);
+  if (row < x.rows) rows_product<Bits, Kind, Planes, 1>(w, x, end, y, stride, tile, row);
 }
 
-template <int Bits, Offset Kind>
+// Tiles first..last by `Rows::of`, which is tile_rows but on a path that has better for many rows.
+struct VectorRows {
+  template <int Bits, Offset Kind, int Planes>
+  static void of(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
+                 int64_t last, uint8_t*) {
+    for (int64_t tile = first; tile < last; ++tile) tile_rows<Bits, Kind, Planes>(w, x, end, y, stride, tile, 0);
+  }
+};
+
+template <class Rows, int Bits, Offset Kind>
 void planes_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
-                    int64_t last) {
+                    int64_t last, uint8_t* work) {
   if (x.planes == 2) {
-    tiles_product<Bits, Kind, 2>(w, x, end, y, stride, first, last);
+    Rows::template of<Bits, Kind, 2>(w, x, end, y, stride, first, last, work);
   } else {
-    tiles_product<Bits, Kind, 1>(w, x, end, y, stride, first, last);
+    Rows::template of<Bits, Kind, 1>(w, x, end, y, stride, first, last, work);
   }
 }
 
-template <int Bits>
+template <class Rows, int Bits>
 void multiply_bits(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
-                   int64_t last) {
+                   int64_t last, uint8_t* work) {
+  constexpr Offset kSymmetric = Offset::kSymmetric, kZeroPoint = Offset::kZeroPoint, kMinimum = Offset::kMinimum;
   switch (w.offset) {
-    case Offset::kSymmetric: return planes_product<Bits, Offset::kSymmetric>(w, x, end, y, stride, first, last);
-    case Offset::kZeroPoint: return planes_product<Bits, Offset::kZeroPoint>(w, x, end, y, stride, first, last);
-    case Offset::kMinimum: return planes_product<Bits, Offset::kMinimum>(w, x, end, y, stride, first, last);
+    case kSymmetric: return planes_product<Rows, Bits, kSymmetric>(w, x, end, y, stride, first, last, work);
+    case kZeroPoint: return planes_product<Rows, Bits, kZeroPoint>(w, x, end, y, stride, first, last, work);
+    case kMinimum: return planes_product<Rows, Bits, kMinimum>(w, x, end, y, stride, first, last, work);
   }
 }
 
+template <class Rows>
 void multiply(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
-              int64_t last) {
+              int64_t last, uint8_t* work) {
   switch (w.bits) {
-    case 2: return multiply_bits<2>(w, x, end, y, stride, first, last);
-    case 3: return multiply_bits<3>(w, x, end, y, stride, first, last);
-    case 4: return multiply_bits<4>(w, x, end, y, stride, first, last);
-    case 5: return multiply_bits<5>(w, x, end, y, stride, first, last);
-    case 6: return multiply_bits<6>(w, x, end, y, stride, first, last);
-    default: return multiply_bits<8>(w, x, end, y, stride, first, last);
+    case 2: return multiply_bits<Rows, 2>(w, x, end, y, stride, first, last, work);
+    case 3: return multiply_bits<Rows, 3>(w, x, end, y, stride, first, last, work);
+    case 4: return multiply_bits<Rows, 4>(w, x, end, y, stride, first, last, work);
+    case 5: return multiply_bits<Rows, 5>(w, x, end, y, stride, first, last, work);
+    case 6: return multiply_bits<Rows, 6>(w, x, end, y, stride, first, last, work);
+    default: return multiply_bits<Rows, 8>(w, x, end, y, stride, first, last, work);
   }
 }
 

@@ -165,7 +165,8 @@ class Linear {
     const int64_t tile_work = w_.tile_codes() * (kHalves ? 2 : 1) * rows;
     const size_t parts = pieces(tiles_, threads, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, tile_work)));
     context.parallel(parts, [&](size_t i) {
-      path().multiply(w_, codes, end, y, width_, share(tiles_, i, parts), share(tiles_, i + 1, parts));
+      uint8_t* work = scratch<uint8_t, Use::kUnpacked>(multiply_scratch(codes));
+      path().multiply(w_, codes, end, y, width_, share(tiles_, i, parts), share(tiles_, i + 1, parts), work);
     });
   }
 

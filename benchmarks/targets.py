@@ -1,0 +1,92 @@
+"""Bundles for other machines, proved here: instructions per token on an emulated Arm core beside llama.cpp's, and what
+the graphs for NPUs compute beside the NumPy forward.
+
+    python benchmarks/targets.py --only arm       after `make test-arm`, whose folder it uses (--work)
+    python benchmarks/targets.py --only qnn       onnxruntime-qnn: compiled, and run as a Hexagon would
+    python benchmarks/targets.py --only openvino  onnxruntime-ep-openvino, on its CPU device
+
+Counts and agreements do not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import statistics
+from pathlib import Path
+
+from common import Benchmark, data
+from instructions import Emulator, build_llama_cpp
+from speed import quantize_peer
+
+from edgekit.checkpoint import Checkpoint
+from edgekit.device import load_device
+from edgekit.export.export import open_tokenizer
+from edgekit.export.npu_export import export_npu
+from edgekit.export.parity import agreement, divergence
+from edgekit.export.targets import TARGETS
+from edgekit.model.builtin import fetch_builtin
+from edgekit.model.reference import forward
+from edgekit.model.sources import open_model
+from edgekit.runtime.providers import Processor
+from edgekit.runtime.session import Session
+
+POSITIONS, EMULATED = 512, 64  # compared on the CPU; of them, those that the emulated Hexagon computes too
+CONTEXT = 512
+
+
+def arm(bench: Benchmark, work: Path, *, tokens: int) -> None:
+    emulator = Emulator(work, "cortex-a76")
+    model = work / "q4_0.gguf"
+    if not model.exists():
+        quantize_peer(fetch_builtin("smollm2-135m"), model)
+    ours = emulator.edgekit(work / "small.arm", tokens)
+    theirs = emulator.llama_cpp(build_llama_cpp(work / "llama", "cortex-a76"), model, tokens)
+    note = "cortex-a76, one thread; all that runs is counted"
+    for name, counts in (("edgekit int4", ours), ("llama.cpp Q4_0", theirs)):
+        bench.value(f"instructions per token, {name}", statistics.fmean(counts) / 1e6, "M", n=len(counts), note=note)
+    bench.at_most("instructions per token, edgekit / llama.cpp", sum(ours) / sum(theirs), 1.1)
+
+
+def npu(bench: Benchmark, checkpoint: Checkpoint, work: Path, *, provider: str) -> None:
+    with gzip.open(data("text/wikitext2_valid.raw.txt.gz"), "rt", encoding="utf-8") as file:
+        text = file.read(60_000)
+    ids = open_tokenizer(checkpoint).encode(text[20_000:]).ids[:POSITIONS]
+    device = load_device("snapdragon-8-elite") if provider == "qnn" else None
+    folder = work / f"small.{provider}"
+    manifest = export_npu(
+        checkpoint, folder, target=TARGETS[f"npu-{provider}"], device=device, context=CONTEXT,
+        calibration=text[:20_000], force=True,
+    )  # fmt: skip
+    for row in manifest.measurements:
+        if row.name.startswith("compiled"):
+            bench.measurements.append(row)
+    expected = forward(checkpoint, [ids])[0]
+    runs: list[tuple[Processor, int]] = [("cpu", POSITIONS)] + ([("npu", EMULATED)] if provider == "qnn" else [])
+    for processor, count in runs:
+        engine = Session.open(folder, threads=1, processor=processor).engine
+        got = engine.forward(ids[:count], keep=count)
+        share = float(agreement(expected[:count], got).mean())
+        kl = float(divergence(expected[:count], got).mean())
+        bench.value(f"mean KL to the NumPy forward, {engine.kernels}", kl, "nat", n=count)
+        bench.at_least(f"top-1 agreement, {engine.kernels}, {count} positions", share, 0.95)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--quick", action="store_true", help="32 tokens under emulation instead of 128")
+    parser.add_argument("--only", choices=["arm", "qnn", "openvino"], help="one section")
+    parser.add_argument("--work", type=Path, default=Path("build/arm64"), help="the folder of make test-arm")
+    options = parser.parse_args()
+    bench = Benchmark("targets")
+    if options.only in (None, "arm"):
+        arm(bench, options.work, tokens=32 if options.quick else 128)
+    for provider in ("qnn", "openvino"):
+        if options.only in (None, provider):
+            npu(bench, open_model(str(options.work / "small")), options.work, provider=provider)
+    bench.finish(as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

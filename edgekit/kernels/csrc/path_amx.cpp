@@ -1,0 +1,29 @@
+// AVX-512 with VNNI, and the matrix unit for many rows.
+#include <math.h>
+
+#include <cstring>
+
+#include "path.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AMX_INT8__)
+
+#include "vec_avx512.h"
+#include "linear.inl"
+#include "amx.inl"
+#include "attention.inl"
+#include "sparse.inl"
+#include "peak.inl"
+
+namespace edgekit {
+constexpr Path kPath{"amx", quantize, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
+                     encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
+extern const Path* const kAmx = &kPath;
+}  // namespace edgekit
+
+#else
+
+namespace edgekit {
+extern const Path* const kAmx = nullptr;  // not compiled for such a processor
+}
+
+#endif

@@ -1,0 +1,307 @@
+"""Search for the recipe of a size: optuna over compositions of dropping, pruning, factors and bits.
+
+A trial draws how many layers go, what share is pruned and what factors leave, and a size up to the target;
+`edgekit.compose` finds the best plan for these numbers and predicts loss, size and milliseconds a token. Bits alone is
+the first trial of every study. Two things are made small, size and loss; a latency beyond the limit is a constraint.
+A study lives in a storage: a file that many processes append to (optuna's journal), or a database by its URL, also
+from several machines. Whoever opens it adds trials until there are `trials` of them, so a search that was killed goes
+on, and one that is done costs nothing.
+
+Predictions rank compositions of one kind well and different kinds badly (they underestimate what structure costs), so
+`confirmed` builds the best bits-only recipe and the best others and takes the one whose predictions are nearest to the
+source's, in KL on windows of the calibration text that no step has seen.
+Source: optuna, Akiba et al., arXiv 1907.10902; sampler: multi-objective tree-structured Parzen estimator.
+"""
+
+from __future__ import annotations
+
+import html
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekit.checkpoint import Checkpoint, open_checkpoint
+from edgekit.compose import Candidate, Composition, Sensitivity, composed
+from edgekit.device import Device, load_device
+from edgekit.errors import BudgetError, UserError
+from edgekit.step import CalibrationOptions
+
+if TYPE_CHECKING:
+    import optuna
+
+STEP = 0.02  # of shares
+MOST_PRUNED, LEAST_RANK = 0.4, 0.7
+LEAST_SIZE = 0.75  # of the target, for the front
+CHECK_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class Goal:
+    """size_mb: at most so much for codes and vectors. latency_ms: of a token's products on `device`; 0 for no limit."""
+
+    size_mb: float
+    device: str = ""
+    latency_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.size_mb > 0:
+            raise UserError(f"a size must be above 0 MB: got {self.size_mb}")
+        if self.latency_ms < 0 or (self.latency_ms and not self.device):
+            raise UserError(f"--target-latency-ms must be above 0 and needs --device: got {self.latency_ms}")
+        self.profile  # noqa: B018  it checks the name
+
+    def study(self, found: Sensitivity) -> str:
+        """The name of the study for this goal, model and text: a storage may hold many."""
+        limit = f" {self.device} {self.latency_ms:g} ms" if self.device else ""
+        return f"edgekit {self.size_mb:g} MB{limit} {found.model[:12]} {found.text[:12]}"
+
+    @property
+    def profile(self) -> Device | None:
+        return load_device(self.device) if self.device else None
+
+
+def search(
+    found: Sensitivity,
+    goal: Goal,
+    storage: str,
+    *,
+    trials: int = 100,
+    jobs: int = 1,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Candidate]:
+    """The Pareto front of size and loss among candidates that meet the goal, of least loss first.
+
+    `storage` is a file for a journal, or a database URL. `jobs` processes work beside each other.
+    Raises UserError: optuna is not installed, trials or jobs below 1; BudgetError: nothing meets the goal.
+    """
+    if trials < 1 or jobs < 1:
+        raise UserError(f"trials and jobs must be at least 1: got {trials} and {jobs}")
+    name = goal.study(found)
+    study = _study(storage, name, seed)
+    if not study.trials:
+        study.enqueue_trial({"layers": 0, "prune": 0.0, "rank": 1.0, "size_mb": goal.size_mb}, skip_if_exists=True)
+    if jobs == 1:
+        _work(found, goal, storage, trials, seed, report)
+    else:
+        context = multiprocessing.get_context("spawn")
+        workers = [
+            context.Process(target=_work, args=(found, goal, storage, trials, seed + index)) for index in range(jobs)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise UserError(f"a process of the search ended early: {[worker.exitcode for worker in workers]}")
+    return front(_study(storage, name), found, goal)
+
+
+def front(study: optuna.Study, found: Sensitivity, goal: Goal) -> list[Candidate]:
+    """The best candidates of a study. Raises BudgetError: none meets the goal."""
+    made = []
+    for trial in study.trials:
+        if trial.values is not None and trial.user_attrs["late_ms"] <= 0:
+            made.append((trial.values[1], trial.values[0], Composition(**trial.params)))
+    made.sort(key=lambda row: row[:2])
+    best, smallest = [], np.inf
+    for _, size, composition in made:
+        if size < smallest:
+            best.append(composed(found, composition, goal.profile))
+            smallest = size
+    if not best:
+        limit = f" and {goal.latency_ms} ms on {goal.device}" if goal.latency_ms else ""
+        raise BudgetError(f"no composition meets {goal.size_mb} MB{limit}: ask for more")
+    return best
+
+
+def _work(
+    found: Sensitivity,
+    goal: Goal,
+    storage: str,
+    trials: int,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Add trials to the study until there are so many."""
+    optuna = _optuna()
+    study, device = _study(storage, goal.study(found), seed), goal.profile
+
+    def objective(trial: Any) -> tuple[float, float]:
+        wanted = Composition(
+            layers=trial.suggest_int("layers", 0, len(found.drops) // 3),
+            prune=trial.suggest_float("prune", 0.0, MOST_PRUNED, step=STEP),
+            rank=trial.suggest_float("rank", LEAST_RANK, 1.0, step=STEP / 2),
+            size_mb=trial.suggest_float("size_mb", LEAST_SIZE * goal.size_mb, goal.size_mb),
+        )
+        try:
+            made = composed(found, wanted, device)
+        except BudgetError as problem:
+            raise optuna.TrialPruned(str(problem)) from problem
+        trial.set_user_attr("latency_ms", made.latency_ms)
+        late_ms = made.latency_ms - goal.latency_ms if goal.latency_ms else 0.0
+        trial.set_user_attr("late_ms", late_ms)
+        trial.set_constraint("late_ms", late_ms)
+        return made.size_bytes / 1e6, made.loss
+
+    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+
+    def stop(study: Any, trial: Any) -> None:
+        done = len(study.get_trials(deepcopy=False, states=over))
+        report(min(done, trials), trials)
+        if done >= trials:
+            study.stop()
+
+    if len(study.get_trials(deepcopy=False, states=over)) < trials:
+        study.optimize(objective, callbacks=[stop])
+
+
+def _study(storage: str, name: str, seed: int = 0) -> optuna.Study:
+    optuna = _optuna()
+    place: Any = storage
+    if "://" not in storage:
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        place = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    return optuna.create_study(
+        study_name=name, storage=place, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
+    )
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError as problem:
+        raise UserError("a search needs optuna: pip install 'edgekit[compress]', or name a recipe with -r") from problem
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    import warnings
+
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+# --- which of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A candidate that was built: its folder, and its KL to the source in nats a token on unseen windows."""
+
+    candidate: Candidate
+    folder: Path
+    kl: float
+
+
+def contenders(best: Sequence[Candidate], found: Sensitivity, goal: Goal, count: int) -> list[Candidate]:
+    """The `count` to be built: bits alone where they meet the goal, and those of least predicted loss that differ."""
+    chosen = []
+    try:
+        alone = composed(found, Composition(size_mb=goal.size_mb), goal.profile)
+        if not goal.latency_ms or alone.latency_ms <= goal.latency_ms:
+            chosen.append(alone)
+    except BudgetError:
+        pass  # bits alone do not get so small
+    for candidate in best:
+        known = [(one.composition.layers, one.composition.prune, one.composition.rank) for one in chosen]
+        made = candidate.composition
+        if (made.layers, made.prune, made.rank) not in known:
+            chosen.append(candidate)
+    return chosen[:count]
+
+
+def confirmed(
+    source: Checkpoint,
+    candidates: Sequence[Candidate],
+    text: CalibrationOptions,
+    folder: Path,
+    *,
+    report: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Confirmed]:
+    """Build the candidates in `folder`, those that stand there already as they are; the nearest to the source first."""
+    from edgekit.compress import compress
+
+    built = []
+    for candidate in candidates:
+        recipe = candidate.recipe("search", text)
+        output = folder / f"candidate-{recipe.sha256[:16]}"
+        if not output.exists():
+            compress(
+                source,
+                recipe,
+                output,
+                resume=True,
+                on_progress=lambda state: report(f"building {candidate.composition}", state.done, state.total),  # noqa: B023
+            )
+        built.append(Confirmed(candidate, output, divergence_of(source, open_checkpoint(output), text)))
+    return sorted(built, key=lambda one: one.kl)
+
+
+def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOptions) -> float:
+    """KL(source || other) in nats a token, on windows of the text beyond those that steps are calibrated on."""
+    import dataclasses
+
+    import torch
+
+    from edgekit.model.calibration import token_windows
+    from edgekit.model.torch_view import Layer, rms_norm
+
+    more = dataclasses.replace(text, samples=text.samples + CHECK_WINDOWS)
+    ids = token_windows(source, more, seed=0).ids[text.samples :]
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for row in ids:
+            logits = []
+            for model in (source, other):
+                config = model.decoder
+                table = torch.from_numpy(model.weight("model.embed_tokens").dense())
+                x = table[torch.from_numpy(row)][None]
+                for index in range(config.layers):
+                    x = Layer.of(model.read_block(f"layers.{index}"), config)(x)
+                gain = torch.from_numpy(model.vector("model.norm.weight"))
+                head = table if config.tied else torch.from_numpy(model.weight("lm_head").dense())
+                logits.append(torch.log_softmax(rms_norm(x[0], gain, config.norm_eps) @ head.T, dim=-1))
+            total += float((logits[0].exp() * (logits[0] - logits[1])).sum())
+            count += len(row)
+    return total / count
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def write_plot(storage: str, found: Sensitivity, best: Sequence[Candidate], goal: Goal, path: Path) -> None:
+    """All trials as dots of size and predicted loss, the front as a line, in one self-contained HTML page."""
+    if path.suffix != ".html":
+        raise UserError(f"a plot is written to an .html file: got {path}")
+    dots = [
+        (trial.values[0], trial.values[1], str(Composition(**trial.params)))
+        for trial in _study(storage, goal.study(found)).trials
+        if trial.values is not None
+    ]
+    xs, ys = [x for x, _, _ in dots], [y for _, y, _ in dots]
+    low, high = (min(xs), max(ys)), (max(xs), min(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - low[0]) / ((high[0] - low[0]) or 1)
+        return 60 + 620 * across, 380 - 340 * (y - high[1]) / ((low[1] - high[1]) or 1)
+
+    marks = "".join(
+        f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3"><title>{html.escape(said)}: {y:.3f} nats</title></circle>'
+        for (x, y, said) in dots
+        for cx, cy in [place(x, y)]
+    )
+    corners = sorted((one.size_bytes / 1e6, one.loss) for one in best)
+    line = " ".join(f"{cx:.1f},{cy:.1f}" for cx, cy in (place(*corner) for corner in corners))
+    limit = f", {goal.latency_ms:g} ms on {html.escape(goal.device)}" if goal.latency_ms else ""
+    page = f"""<!doctype html><meta charset="utf-8"><title>Search</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>body{{font:14px system-ui,sans-serif}}circle{{fill:#88a}}polyline{{fill:none;stroke:#c33;stroke-width:2}}</style>
+<h1>{len(dots)} compositions within {goal.size_mb:g} MB{limit}</h1>
+<svg viewBox="0 0 720 430" width="720">{marks}<polyline points="{line}"/>
+<text x="60" y="410">{low[0]:.1f} MB</text><text x="680" y="410" text-anchor="end">{high[0]:.1f} MB</text>
+<text x="55" y="45" text-anchor="end">{low[1]:.2f}</text><text x="55" y="380" text-anchor="end">{high[1]:.2f}</text>
+<text x="370" y="425" text-anchor="middle">size; up: predicted loss, nats a token</text></svg>"""
+    path.write_text(page, encoding="utf-8")
