@@ -58,7 +58,7 @@ def test_the_refusal_says_the_numbers_and_what_would_fit(monkeypatch: pytest.Mon
     with pytest.raises(BudgetError) as caught:
         plan_memory(SPEC, context=8192).refuse_if_too_large()
     message = str(caught.value)
-    assert "it needs 281 MB" in message
+    assert "it needs 301 MB" in message
     assert "weights 200 MB" in message
     assert "cache of 8192 tokens 10 MB" in message
     assert "275 MB are available" in message

@@ -55,7 +55,7 @@ def test_parameters_and_bytes_of_a_known_model(tmp_path: Path) -> None:
 def test_an_8b_model_is_refused_on_a_4_gb_pi_with_the_numbers(tmp_path: Path) -> None:
     found = fit(llama(tmp_path), load_device("pi5"), context=2048, ram_gb=4)
     assert not found.fits
-    with pytest.raises(BudgetError, match=r"needs 4,9\d\d MB .*Pi 5.* with 4 GB has 3,837 MB.*up to 6\.\d B.* 8 GB"):
+    with pytest.raises(BudgetError, match=r"needs 5,0\d\d MB .*Pi 5.* with 4 GB has 3,837 MB.*up to 6\.\d B.* 8 GB"):
         found.refuse_if_too_large()
     assert fit(llama(tmp_path), load_device("pi5"), context=2048, ram_gb=8).fits
 

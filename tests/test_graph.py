@@ -71,7 +71,7 @@ def test_transposed_constants_are_stored_as_they_look(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [INLINE_BYTES // 4, INLINE_BYTES // 4 + 1])
 def test_small_constants_stay_in_the_model_file(tmp_path: Path, size: int) -> None:
     with Graph(tmp_path) as graph:
-        graph.constant("a", np.ones(size, np.float32))
+        graph.node("Identity", [graph.constant("a", np.ones(size, np.float32))], "read")
         graph.save([], [], title="test")
     assert ("a" in places(tmp_path)) is (size * 4 > INLINE_BYTES)
 

@@ -105,7 +105,7 @@ class Session:
             return cls(bundle, static, tokenizer, _template(bundle))
         if processor != "auto":
             raise UserError(f"--processor is for bundles of an NPU: {path} is for {bundle.spec.target}")
-        prefill, decode = (None if threads else kept(bundle)) or (all_cores, None)
+        prefill, decode = (threads, threads) if threads else kept(bundle) or (all_cores, None)
         engine = Engine(
             bundle.file(MODEL),
             bundle.spec,
