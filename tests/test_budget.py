@@ -54,14 +54,14 @@ def test_it_refuses_one_byte_below_what_it_needs(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_refusal_says_the_numbers_and_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    available(monkeypatch, 275_000_000)
+    available(monkeypatch, 295_000_000)
     with pytest.raises(BudgetError) as caught:
         plan_memory(SPEC, context=8192).refuse_if_too_large()
     message = str(caught.value)
     assert "it needs 301 MB" in message
     assert "weights 200 MB" in message
     assert "cache of 8192 tokens 10 MB" in message
-    assert "275 MB are available" in message
+    assert "295 MB are available" in message
     fits = re.search(r"pass --context (\d+)$", message)
     assert fits
     plan_memory(SPEC, context=int(fits[1])).refuse_if_too_large()
