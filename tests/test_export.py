@@ -203,7 +203,9 @@ def test_contexts_out_of_range(tmp_path: Path, context: int) -> None:
 
 
 def test_an_unknown_target_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"one of portable, x86, arm, npu-qnn, npu-openvino: got 'amr'; did you mean 'arm'\?"):
+    with pytest.raises(
+        UserError, match=r"one of portable, x86, arm, npu-qnn, npu-openvino: got 'amr'; did you mean 'arm'\?"
+    ):
         find_target("amr")
 
 
