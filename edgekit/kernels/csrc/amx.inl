@@ -20,7 +20,8 @@ inline void set_shapes(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %
 inline void release_tiles() { __asm__ volatile("tilerelease"); }
 inline void clear_product() { __asm__ volatile("tilezero %tmm0"); }
 inline void load_rows(const int8_t* p, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm1" : : "r"(p), "r"(stride), "m"(*reinterpret_cast<const int8_t(*)[]>(p)));
+  using Rows = int8_t[1 << 24];  // at most
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm1" : : "r"(p), "r"(stride), "m"(*reinterpret_cast<const Rows*>(p)));
 }
 inline void load_weights(const uint8_t* p, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm2" : : "r"(p), "r"(stride), "m"(*reinterpret_cast<const uint8_t(*)[512]>(p)));
