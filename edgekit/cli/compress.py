@@ -95,8 +95,13 @@ def compress(
     if target is None and not dry_run:
         raise UserError("compress needs a folder to write: name it with -o, or pass --dry-run")
     if target_size and recipe is None:
-        from edgekit.cli.compress_search import Work, compress_by_search
-        from edgekit.search import Goal
+        try:
+            from edgekit.cli.compress_search import Work, compress_by_search
+            from edgekit.search import Goal
+        except ModuleNotFoundError as problem:
+            raise UserError(
+                f"a search needs {problem.name}: pip install 'edgekit[compress]', or name a recipe with -r"
+            ) from problem
 
         compress_by_search(
             open_model(model, offline=offline, progress=lambda line: remarks().print(line)),
