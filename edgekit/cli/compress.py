@@ -98,19 +98,19 @@ def compress(
         try:
             from edgekit.cli.compress_search import Work, compress_by_search
             from edgekit.search import Goal
+
+            compress_by_search(
+                open_model(model, offline=offline, progress=lambda line: remarks().print(line)),
+                target,
+                Goal(megabytes(target_size), device or "", target_latency_ms),
+                calibration,
+                Work(trials, jobs, storage, confirm, plot, force=force, dry_run=dry_run),
+                as_json=as_json,
+            )
         except ModuleNotFoundError as problem:
             raise UserError(
                 f"a search needs {problem.name}: pip install 'edgekit[compress]', or name a recipe with -r"
             ) from problem
-
-        compress_by_search(
-            open_model(model, offline=offline, progress=lambda line: remarks().print(line)),
-            target,
-            Goal(megabytes(target_size), device or "", target_latency_ms),
-            calibration,
-            Work(trials, jobs, storage, confirm, plot, force=force, dry_run=dry_run),
-            as_json=as_json,
-        )
         return
     if device or target_latency_ms:
         raise UserError("--device and --target-latency-ms belong to a search: pass --target-size and no recipe")
