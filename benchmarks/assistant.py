@@ -355,7 +355,7 @@ def measure_privacy(bench: Benchmark, place: Place, quick: bool) -> None:
     bench.value("public questions that left", went / len(public), "", n=len(public), note="all of them might")
     bench.at_most("private texts of 200 that leave", max(left, len(away)), 0)
     bench.at_most("paragraphs of a private folder that leave with questions", quoted, 0)
-    bench.at_least("share of public questions that leave", went / len(public), 0.8)
+    bench.at_least("share of public questions that leave", went / len(public), 0.95)
 
 
 def ask(assistant: Assistant, question: str, **options: Any) -> Reply:
