@@ -52,6 +52,9 @@ struct Matrix {
 
 // Rows of activations as integers: value = scale * q within a block, where q is an 8-bit code (one plane), or
 // kPlane * high + low of two (two planes): 15 bits, for twice the dot products. Sums are of a block's codes.
+//
+// Or as bfloat16 (no plane), on a path with `many_planes` of 0: squares of 16 rows and 32 columns, row by row, the squares
+// of the first 16 rows first. `codes` then holds activation_codes(...) bytes and the others nothing.
 struct Activations {
   int8_t* codes;   // [planes][rows][blocks * block], the high plane first
   float* scales;   // [rows][blocks]
@@ -62,8 +65,19 @@ struct Activations {
   int64_t blocks;
 };
 
-// Eight tiles of weights as bytes, and two floats a row and block.
-constexpr int64_t multiply_scratch(const Activations& x) { return 8 * kLanes * x.width + 8 * x.rows * x.blocks; }
+constexpr int kSquares = 2;  // of 16 rows, multiplied at once
+constexpr int64_t kPanel = 512;  // columns of unpacked weights that stay in the first cache
+
+constexpr int64_t padded_rows(int64_t rows) { return (rows + kSquares * kLanes - 1) / (kSquares * kLanes) * kSquares * kLanes; }
+
+constexpr int64_t activation_codes(int planes, int64_t rows, int64_t width) {
+  return planes ? planes * rows * width : 2 * padded_rows(rows) * width;
+}
+
+// Of two tiles: a panel of weights as bfloat16, and the products of all rows as floats.
+constexpr int64_t multiply_scratch(const Activations& x) {
+  return x.planes ? 0 : 64 + 2 * kLanes * (2 * kPanel + 4 * padded_rows(x.rows));
+}
 
 // What happens to a product before it is stored.
 struct Epilogue {
@@ -167,6 +181,8 @@ struct SparseChoice {
 
 struct Path {
   const char* name;
+  // In how many planes it wants many rows of activations: 1, or 0 for bfloat16.
+  int many_planes;
   // Quantise rows of x [rows][columns], after RMSNorm with `norm` where it is not null.
   void (*quantize)(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
                    int64_t first, int64_t last);

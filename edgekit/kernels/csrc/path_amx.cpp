@@ -5,7 +5,7 @@
 
 #include "path.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AMX_INT8__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 
 #include "vec_avx512.h"
 #include "linear.inl"
@@ -15,7 +15,7 @@
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"amx", quantize, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
+constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
                      encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit

@@ -14,7 +14,7 @@
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"neon_i8mm", quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
+constexpr Path kPath{"neon_i8mm", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
                      encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
 extern const Path* const kNeonI8mm = &kPath;
 }  // namespace edgekit
