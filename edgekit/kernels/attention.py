@@ -1,7 +1,7 @@
 """The attention operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable.
 
 The cache of one layer is its arrays in the operators' order: keys and values (1, kv_heads, S, head_dim), and where
-these have 8 bits, their scales (1, 2 kv_heads, S), the keys' first. A row x of head_dim numbers with p = max |x| is then
+these have 8 bits, their scales (1, 2 kv_heads, S), the keys' first. A row x of head_dim numbers with p = max |x| is
 
     s = float16(p / 127),    codes = clamp(rint(x / s), -127, 127),    zeros where s is 0,    and counts as s * codes.
 
