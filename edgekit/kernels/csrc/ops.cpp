@@ -270,7 +270,10 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
                                     ort::make_op<GatedNormQuantLinear>(), ort::make_op<QuantEmbedding>(),
                                     ort::make_op<Attention>(),            ort::make_op<NormAttention>(),
                                     ort::make_op<HadamardSparseAttention>(),
-                                    ort::make_op<NormHadamardSparseAttention>()};
+                                    ort::make_op<NormHadamardSparseAttention>(),
+                                    ort::make_op<AttentionInt8>(),        ort::make_op<NormAttentionInt8>(),
+                                    ort::make_op<HadamardSparseAttentionInt8>(),
+                                    ort::make_op<NormHadamardSparseAttentionInt8>()};
   // One domain for all sessions of the process; onnxruntime keeps a pointer to it.
   static OrtCustomOpDomain* domain = nullptr;
   if (!domain) {

@@ -16,7 +16,7 @@
 
 namespace edgekit {
 constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit
 
