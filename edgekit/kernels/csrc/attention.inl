@@ -176,6 +176,24 @@ void block_values(const float* weights, const float* values, const float* shrink
   }
 }
 
+// Hides the keys of a block that rows at `position` do not see, and returns each row's largest score, or `top`.
+Floats hide_and_peak(float* scores, Floats position, int64_t from, int64_t window, Floats top) {
+  float first;
+  std::memcpy(&first, &position, sizeof first);
+  const bool hides = static_cast<float>(from + kKeyBlock - 1) > first || window > 0;
+  for (int j = 0; j < kKeyBlock; ++j) {
+    Floats s = load(scores + j * kLanes);
+    if (hides) {
+      const Floats ahead = sub(position, all(static_cast<float>(from + j)));
+      s = fma(min(ahead, zeros()), all(1e30f), s);
+      if (window > 0) s = fma(min(sub(all(static_cast<float>(window - 1)), ahead), zeros()), all(1e30f), s);
+      store(scores + j * kLanes, s);
+    }
+    top = max(top, s);
+  }
+  return top;
+}
+
 // Row r of the work is token r / heads, head r % heads.
 void attend(const AttentionTask& t) {
   const int64_t rows = t.tokens * t.heads, groups = (rows + kLanes - 1) / kLanes, d = t.head_dim;
@@ -206,21 +224,9 @@ void attend(const AttentionTask& t) {
     widen_block(t.values.from(from, d), count, d, values);
     for (int64_t g = 0; g < groups; ++g) {
       const Floats at = load(position + g * kLanes);
-      const float first_row = position[g * kLanes];
       if (static_cast<float>(from) > position[g * kLanes + kLanes - 1]) continue;  // all of it lies ahead
       block_scores(q + g * d * kLanes, keys, d, scores);
-      const bool masked = static_cast<float>(from + kKeyBlock - 1) > first_row || t.window > 0;
-      Floats top = load(maxima + g * kLanes);
-      for (int j = 0; j < kKeyBlock; ++j) {
-        Floats s = load(scores + j * kLanes);
-        if (masked) {
-          const Floats ahead = sub(at, all(static_cast<float>(from + j)));
-          s = fma(min(ahead, zeros()), all(1e30f), s);
-          if (t.window > 0) s = fma(min(sub(all(static_cast<float>(t.window - 1)), ahead), zeros()), all(1e30f), s);
-          store(scores + j * kLanes, s);
-        }
-        top = max(top, s);
-      }
+      const Floats top = hide_and_peak(scores, at, from, t.window, load(maxima + g * kLanes));
       const Floats before = load(maxima + g * kLanes), shrink = exponential(sub(before, top));
       Floats total = mul(load(sums + g * kLanes), shrink);
       for (int j = 0; j < kKeyBlock; ++j) {

@@ -11,11 +11,12 @@
 #include "linear.inl"
 #include "amx.inl"
 #include "attention.inl"
+#include "amx_attention.inl"
 #include "sparse.inl"
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
+constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
                      encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit
