@@ -1,18 +1,19 @@
 """The operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable; attention: `.attention`.
 
-Products come in three modes. "float32" takes activations as they are. The native kernels multiply in integers: each
+Products come in four modes. "float32" takes activations as they are. The native kernels multiply in integers: each
 block of a row of activations, n numbers x with peak p = max |x|, becomes, with m = STEPS[mode],
 
     p / m * rint(x * (m / p)),        zeros where p is 0.
 
 What follows is exact in integers, so a kernel differs from this by the rounding of float sums alone. Kernels use
-"int16" for up to FINE_ROWS rows of activations and "int8" for more. Sums here are in float64. Arguments are the
+"int16" for up to FINE_ROWS rows of activations and "int8" for more; the path "amx" then has "bfloat16" for activations
+and weights, rounded to nearest. Sums here are in float64. Arguments are the
 operator's inputs in the table's order and its attributes by name.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from edgekit.weight import Bytes, Floats, SignedBytes
 
 Doubles = NDArray[np.float64]
 Halves = NDArray[np.float16]
-Activations = Literal["float32", "int16", "int8"]
+Activations = Literal["float32", "int16", "int8", "bfloat16"]
 
 STEPS = {"int16": 254 * 127 + 126, "int8": 127}  # integers on either side of zero; int16 is two int8, 254 high + low
 FINE_ROWS = 64
@@ -119,9 +120,19 @@ def quant_embedding(
 
 def product(x: Floats, W: Doubles, block: int, activations: Activations) -> Doubles:
     """x W^T, after the rounding of x that `activations` asks for."""
-    exact = x.astype(np.float64) if activations == "float32" else rounded(x, block, STEPS[activations])
+    if activations == "bfloat16":
+        x, W = bfloat16(x), bfloat16(W)
+    exact = rounded(x, block, STEPS[activations]) if activations in STEPS else x.astype(np.float64)
     y: Doubles = exact @ W.T
     return y
+
+
+def bfloat16(x: NDArray[np.floating[Any]]) -> Doubles:
+    """The nearest numbers of 8 bits of fraction, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    values: Doubles = nearest.astype(np.uint32).view(np.float32).astype(np.float64)
+    return values
 
 
 def rounded(x: Floats, block: int, steps: int) -> Doubles:

@@ -350,6 +350,57 @@ struct Kept {
   }
 };
 
+float bfloat16(double x) {
+  const auto number = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 << 16;
+  float nearest;
+  std::memcpy(&nearest, &bits, sizeof nearest);
+  return nearest;
+}
+
+// Products of many rows, on a path that wants them in bfloat16.
+void check_many(const Path& path, const Case& c, uint64_t seed, Findings& found) {
+  Problem p(c, seed);
+  Random random(seed);
+  const int64_t width = p.blocks * c.block;
+  Buffer<float> x(c.inputs * c.columns, c.shift), y(c.inputs * p.width, c.shift);
+  for (float& value : x) value = random.number();
+  Buffer<int8_t> squares(activation_codes(0, c.inputs, width), c.shift);
+  const Activations codes{squares.data(), nullptr, nullptr, 0, c.inputs, width, p.blocks};
+  const int64_t units = p.tiles / (c.gated ? 2 : 1), cut = units / 2, half = c.inputs / 2;
+  std::vector<uint8_t> work(multiply_scratch(codes));
+  path.quantize(x.data(), c.columns, nullptr, 0, c.block, codes, half, c.inputs);
+  path.quantize(x.data(), c.columns, nullptr, 0, c.block, codes, 0, half);
+  path.multiply(p.matrix(), codes, p.epilogue(), y.data(), p.width, cut, units, work.data());
+  path.multiply(p.matrix(), codes, p.epilogue(), y.data(), p.width, 0, cut, work.data());
+  for (int64_t m = 0; m < c.inputs; m += 7) {
+    for (int64_t n = 0; n < p.width; ++n) {
+      double sums[2] = {}, size = 1e-30;
+      for (int part = 0; part < (c.gated ? 2 : 1); ++part) {
+        for (int64_t k = 0; k < c.columns; ++k) {
+          const double term = static_cast<double>(bfloat16(x[m * c.columns + k])) *
+                              bfloat16(p.weight((c.gated ? 2 : 1) * (n / kLanes) + part, n % kLanes, k));
+          sums[part] += term;
+          size += std::abs(term);
+        }
+      }
+      double expected = sums[0];
+      if (c.gated) {
+        expected = silu(sums[0]) * sums[1];
+        size *= std::abs(sums[0]) + std::abs(sums[1]) + 1;
+      } else {
+        expected += p.bias[n] + p.residual[m * p.width + n];
+        size += std::abs(p.bias[n]) + std::abs(p.residual[m * p.width + n]);
+      }
+      const double error = std::abs(y[m * p.width + n] - expected) / size;
+      found.product = std::max(found.product, error);
+      found.expect(error < 1e-6, "many rows: " + c.name());
+    }
+  }
+}
+
 // Rows in 8 bits come back within half a step.
 void round_rows(const Path& path, Kept& kept, Random& random, Findings& found) {
   Buffer<float> row(kept.head_dim, 1);
@@ -410,8 +461,9 @@ void check_attention(const Path& path, const Shape& s, bool small, uint64_t seed
         double error = std::abs(out[token * stride + h * d + i] - expected);
         if (decoded) error = std::max(error, std::abs(one[h * d + i] / static_cast<double>(sums[h]) - expected));
         if (!small) found.attention = std::max(found.attention, error);
-        // One token's query has 15 bits where the cache has 8.
-        found.expect(error < (small ? decoded ? 5e-4 : 2e-5 : 2e-6), "attention: tokens " + std::to_string(s.tokens) + ", first " + std::to_string(s.first));
+        // One token's query has 15 bits where the cache has 8, and numbers on the matrix unit have 16.
+        const bool squares = path.many_planes == 0;
+        found.expect(error < (small && decoded ? 5e-4 : small || squares ? 2e-5 : 2e-6), "attention: tokens " + std::to_string(s.tokens) + ", first " + std::to_string(s.first));
       }
     }
   }
@@ -458,6 +510,16 @@ Findings check_path(const Path& path, bool full) {
                                {70, 1, 64, 90, 1}, {17, 6, 128, 70, 64}, {3, 7, 80, 200, 65}};
   for (const Shape& shape : kShapes) {
     for (const bool small : {false, true}) check_attention(path, shape, small, ++seed, found);
+  }
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
+    for (const Offset offset : {Offset::kSymmetric, Offset::kZeroPoint, Offset::kMinimum}) {
+      for (int i = 0; path.many_planes == 0 && i < 4; ++i) {
+        const bool gated = i == 3;
+        const Case c{bits, 32 << random.below(3), offset, (gated ? 2 : 1) * kRows[random.below(5)], kColumns[random.below(8)],
+                     65 + random.below(70), 1, gated, false, random.below(4), random.below(2) == 1};
+        check_many(path, c, ++seed, found);
+      }
+    }
   }
   return found;
 }

@@ -46,12 +46,11 @@ template <int Bits, Offset Kind>
     for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
     codes += kLanes * 32 * Bits / 8;
     const Floats scale = scales.scale(column >> log);
-    Floats offset = scales.offset(column >> log, scale);
-    if constexpr (Kind == Offset::kSymmetric) offset = mul(scale, all(static_cast<float>(-(1 << (Bits - 1)))));
+    const Floats minimum = scales.offset(column >> log, scale), zero = scales.zero(column >> log);
     for (const Bytes& run : unpacked) {
       const auto value = [&](int at) {
         const Ints code = {_mm512_and_si512(_mm512_srli_epi32(run.v, 8 * at), byte)};
-        return fma(to_float(code), scale, offset).v;
+        return Kind == Offset::kMinimum ? fma(to_float(code), scale, minimum).v : mul(sub(to_float(code), zero), scale).v;
       };
       for (int at = 0; at < 4; at += 2, out += 64) {
         const auto pair = (__m512i)_mm512_cvtne2ps_pbh(value(at + 1), value(at));

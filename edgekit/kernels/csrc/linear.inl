@@ -92,6 +92,9 @@ struct TileScales {
     }
     return zeros();
   }
+  [[gnu::always_inline]] Floats zero(int64_t b) const {
+    return Kind == Offset::kZeroPoint ? widen(zero_points + b * kLanes) : all(static_cast<float>(1 << (Bits - 1)));
+  }
   [[gnu::always_inline]] void fetch(int64_t b) const {
     prefetch(small ? small_scales + b * kLanes : reinterpret_cast<const uint8_t*>(scales + b * kLanes));
     if constexpr (Kind == Offset::kZeroPoint) prefetch(zero_points + b * kLanes);

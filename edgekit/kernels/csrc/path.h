@@ -115,7 +115,7 @@ struct AttentionTask {
 
 constexpr int64_t attention_scratch(int64_t tokens, int64_t heads, int64_t head_dim) {
   const int64_t rows = (tokens * heads + kLanes - 1) / kLanes * kLanes;
-  return 2 * 64 * head_dim + 64 * kLanes + rows * (2 * head_dim + 3);
+  return 2 * 64 * head_dim + 2 * 64 * kLanes + rows * (2 * head_dim + 3) + kLanes;
 }
 
 // The same for one token and a stretch of the cache; leaves sums that several stretches can be joined from.
