@@ -48,8 +48,9 @@ class LayerCache:
         return 1, self.kv_heads, -(-tokens // BLOCK) * BLOCK * self.head_dim // 4
 
     def mean_shape(self, tokens: int) -> tuple[int, ...]:
-        """The shape of a sparse layer's mean values of `tokens` positions: one a page, whole blocks."""
-        return 1, self.kv_heads, -(-tokens // BLOCK) * BLOCK // PAGE, self.head_dim
+        """The shape of a sparse layer's mean values of `tokens` positions: a row in 8 bits and a scale for each page,
+        whole blocks."""
+        return 1, self.kv_heads, -(-tokens // BLOCK) * PAGE * (self.head_dim + 2)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class DecoderSpec:
 
     `resident_bytes` is what the weights take in memory once they are loaded, `activation_bytes` what one token's
     activations take. `operators` says whose the graph's are: with "edgekit" the kernel library is registered where
-    there is one, and the cache is float16; "stock" graphs keep it in float32. `budget` is how many positions a token
+    there is one, and the cache is float16, or int8 with a float16 scale for each row; "stock" graphs keep it in
+    float32. `budget` is how many positions a token
     attends to exactly in sparse layers, unless the session asks for another number. `static` is there where the graphs
     have fixed shapes. `decode_threads` is how many threads read memory best on the device that it was exported for.
     """
@@ -95,8 +97,11 @@ class DecoderSpec:
     budget: int | None = None
     static: StaticGraphs | None = None
     decode_threads: int | None = None
+    cache: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:
+        if self.cache == "int8" and (self.operators != "edgekit" or self.static is not None):
+            raise ModelError(f"a cache in 8 bits must come with our operators: these are {self.operators}")
         if self.sparse != (self.budget is not None) or (self.budget is not None and self.budget < 1):
             raise ModelError(
                 f"a budget of at least 1 must come with sparse layers, and with them alone: got {self.budget}"
@@ -117,6 +122,8 @@ class DecoderSpec:
         """The element type of keys and values."""
         if self.static is not None:
             return np.dtype(self.static.cache)
+        if self.cache == "int8":
+            return np.dtype(np.int8)
         return np.dtype(np.float16 if self.operators == "edgekit" else np.float32)
 
     @property
@@ -124,19 +131,35 @@ class DecoderSpec:
         """Whether there are sparse layers."""
         return any(layer.sparse for layer in self.layers)
 
+    def cache_parts(self, layer: LayerCache, tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and type of what the graph keeps of a layer for `tokens` tokens, which the third axis counts."""
+        rows = (1, layer.kv_heads, tokens, layer.head_dim)
+        parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        parts["key"] = parts["value"] = (rows, self.cache_type)
+        if self.cache == "int8":
+            parts["scales"] = ((1, 2 * layer.kv_heads, tokens), np.dtype(np.float16))
+        if layer.sparse:
+            parts["codes"] = (layer.code_shape(tokens), np.dtype(np.uint8))
+            parts["means"] = (layer.mean_shape(tokens), np.dtype(np.uint8))
+        return parts
+
+    def layer_bytes(self, layer: LayerCache, tokens: int) -> int:
+        """Bytes that a layer's cache of `tokens` tokens takes."""
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in self.cache_parts(layer, tokens).values())
+
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that the cache of `tokens` tokens takes: keys, values, and what sparse layers keep beside them."""
-        numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
-        beside = sum(
-            math.prod(layer.code_shape(tokens)) + 2 * math.prod(layer.mean_shape(tokens))
-            for layer in self.layers
-            if layer.sparse
-        )
-        return numbers * self.cache_type.itemsize * tokens + beside
+        """Bytes that the cache of `tokens` tokens takes: keys, values, and what stands beside them."""
+        return sum(self.layer_bytes(layer, tokens) for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of cache that a further token takes, on average: summaries grow by whole blocks."""
+        return self.cache_bytes(BLOCK) // BLOCK
 
     def to_json(self) -> str:
         facts = dataclasses.asdict(self)
-        return json.dumps({k: v for k, v in facts.items() if k not in ("static", "decode_threads") or v}, indent=1)
+        usual = {"static": None, "decode_threads": None, "cache": "float"}
+        return json.dumps({k: v for k, v in facts.items() if k not in usual or v != usual[k]}, indent=1)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def test_a_spec_survives_its_json() -> None:
     assert data["layers"][1] == {"kv_heads": 2, "head_dim": 32, "sparse": False}
     facts = dataclasses.asdict(spec)
     assert facts.pop("static") is facts.pop("decode_threads") is None  # left out where there are none
+    assert facts.pop("cache") == "float"
     assert data == json.loads(json.dumps(facts))
 
 

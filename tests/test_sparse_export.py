@@ -122,7 +122,7 @@ def test_a_spec_must_have_a_budget_with_its_sparse_layers_alone() -> None:
         with pytest.raises(ModelError, match="must come with sparse layers"):
             DecoderSpec(**sizes, **more, layers=layers, budget=budget)  # type: ignore[arg-type]
     spec = DecoderSpec(**sizes, **more, layers=(LayerCache(3, 64, sparse=True),), budget=8, operators="edgekit")  # type: ignore[arg-type]
-    assert spec.cache_bytes(256) == 256 * 3 * (64 * 2 * 2 + 64 // 4 + 64 * 2 // 16)
+    assert spec.cache_bytes(256) == 256 * 3 * (64 * 2 * 2 + 64 // 4) + 3 * 16 * (64 + 2)
 
 
 def test_keys_that_are_alike_are_refused(tmp_path: Path) -> None:

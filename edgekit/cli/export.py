@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,6 +21,12 @@ from edgekit.errors import UserError
     "--rope-scaling", help="A longer context than the trained one: linear, ntk or yarn and a factor, as yarn:4."
 )
 @click.option("--attention", type=click.Choice(["dense", "sparse"]), default="dense", help="sparse: for long contexts.")
+@click.option(
+    "--cache",
+    type=click.Choice(["float16", "int8"]),
+    default="float16",
+    help="What keys and values are kept in: int8 takes half the memory.",
+)
 @click.option("--budget", type=int, help="Positions that sparse attention attends to exactly; default 256.")
 @click.option("--dense-below", type=int, help="Contexts up to this length are attended exactly; default 1024.")
 @click.option(
@@ -39,6 +46,7 @@ def export(
     context: int | None,
     rope_scaling: str | None,
     attention: str,
+    cache: Literal["float16", "int8"],
     budget: int | None,
     dense_below: int | None,
     calibration: Path | None,
@@ -76,14 +84,16 @@ def export(
     with stages("opening the model", quiet=as_json) as tell:
         checkpoint = open_model(model, progress=tell)
         if is_encoder(checkpoint.config):
+            if cache == "int8":
+                raise UserError("--cache is for decoders: an encoder keeps nothing between texts")
             if context is not None:
                 raise UserError("--context is for decoders: an encoder takes texts as long as it was trained for")
             manifest = export_encoder(
                 checkpoint, folder, target=goal, force=force, accept_drift=accept_drift, on_progress=tell
             )
         elif goal.provider:
-            if sparse is not None or rope_scaling is not None:
-                raise UserError("--attention sparse and --rope-scaling are not for an NPU")
+            if sparse is not None or rope_scaling is not None or cache == "int8":
+                raise UserError("--attention sparse, --cache int8 and --rope-scaling are not for an NPU")
             manifest = export_npu(
                 checkpoint,
                 folder,
@@ -104,6 +114,7 @@ def export(
                 context=context,
                 rope_scaling=_scaling(rope_scaling),
                 sparse=sparse,
+                cache=cache,
                 calibration=text,
                 wheelhouse=wheelhouse,
                 force=force,

@@ -17,7 +17,7 @@ from edgekit.device import Device, load_device
 from edgekit.errors import ModelError, UserError
 from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
-from edgekit.export.native import build_native_decoder, runs_natively
+from edgekit.export.native import CacheType, build_native_decoder, runs_natively
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, DriftError, check_parity, most_sensitive
 from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyCode, SparseOptions, calibrate, written_text
@@ -29,6 +29,7 @@ from edgekit.host import host_device
 from edgekit.kernels.library import library_path, status
 from edgekit.manifest import Manifest
 from edgekit.model.config import stretched
+from edgekit.model.reference import Kept
 from edgekit.report import Measurement
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.fit import fit as predict
@@ -50,6 +51,7 @@ def export(
     context: int | None = None,
     rope_scaling: tuple[str, float] | None = None,
     sparse: SparseOptions | None = None,
+    cache: CacheType = "float16",
     calibration: str | None = None,
     wheelhouse: bool = False,
     force: bool = False,
@@ -61,7 +63,8 @@ def export(
     `rope_scaling`, a kind and a factor, makes the context longer than the trained one, and the report says so.
     A factored matrix whose factors would be slower than the matrix on the device is multiplied out: see `contract`.
     With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
-    default one that the model writes itself.
+    default one that the model writes itself. `cache` is what keys and values are kept in, where the target has our
+    operators; stock graphs keep float32.
 
     Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
     lets it pass and records the numbers); nothing is left at `output` then.
@@ -87,14 +90,19 @@ def export(
                 f"sparse attention needs our operators: the model must be quantised, the target native ({target.name})"
                 f" and the kernels installed ({status()})"
             )
+        if cache == "int8" and not native:
+            raise UserError(
+                f"a cache in 8 bits needs our operators: the model must be quantised, the target native ({target.name})"
+                f" and the kernels installed ({status()})"
+            )
         if sparse is not None:
             if config.sliding_window:
                 raise UserError("sparse attention needs attention to the whole context: the model has a sliding window")
             on_progress("calibrating sparse attention")
             keys = _key_codes(checkpoint, folder, longest, calibration)
-            layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys)
+            layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys, cache=cache)
         elif native:
-            layers = build_native_decoder(checkpoint, folder, context=longest)
+            layers = build_native_decoder(checkpoint, folder, context=longest, cache=cache)
         else:
             layers = build_decoder(checkpoint, folder, context=longest, integer_bits=target.integer_bits)
         spec = DecoderSpec(
@@ -111,6 +119,7 @@ def export(
             operators="edgekit" if native else "stock",
             budget=sparse.budget if sparse else None,
             decode_threads=device.decode_threads if device else None,
+            cache="int8" if cache == "int8" else "float",
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -208,7 +217,8 @@ def _check(
     bounds = BOUNDS[products]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
-    parity = check_parity(checkpoint, engine, sequences, bounds=bounds)
+    kept: Kept = "int8" if spec.cache == "int8" else "float16"
+    parity = check_parity(checkpoint, engine, sequences, bounds=bounds, cache=kept)
     return (*parity, sentence(engine, tokenizer, sequences[0]))
 
 

@@ -1,7 +1,7 @@
 """The decoder graph over our own operators: five nodes a layer.
 
     NormQuantLinear         norm, then q, k and v in one matrix
-    Attention               rotary embedding, cache append in place, exact attention over a float16 cache
+    Attention               rotary embedding, cache append in place, exact attention over the cache
     QuantLinear             output projection, plus the residual
     GatedNormQuantLinear    norm, then gate and up, then silu(gate) * up
     QuantLinear             down projection, plus the residual
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -27,9 +28,11 @@ from edgekit.export.graph import Graph
 from edgekit.export.parts import Parts
 from edgekit.export.sparse import KeyCode, SparseOptions
 from edgekit.kernels.functions import function_bodies
-from edgekit.kernels.opset import DOMAIN
+from edgekit.kernels.opset import DOMAIN, attention_op
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
 from edgekit.weight import Dense, Factored, Quantized, concatenate, stored_parts
+
+CacheType = Literal["float16", "int8"]
 
 
 def build_native_decoder(
@@ -39,18 +42,20 @@ def build_native_decoder(
     context: int,
     sparse: SparseOptions | None = None,
     keys: Sequence[KeyCode] = (),
+    cache: CacheType = "float16",
 ) -> tuple[LayerCache, ...]:
     """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`.
 
-    With `sparse`, whose layers need the codes `keys`, tokens attend to a part of a long cache.
+    With `sparse`, whose layers need the codes `keys`, tokens attend to a part of a long cache. `cache` is what keys and
+    values are kept in.
     """
     caches = layer_caches(checkpoint)
     if sparse is not None:
-        caches = tuple(replace(cache, sparse=index >= sparse.dense_layers) for index, cache in enumerate(caches))
+        caches = tuple(replace(layer, sparse=index >= sparse.dense_layers) for index, layer in enumerate(caches))
     with Graph(folder) as graph:
         parts = Parts(checkpoint, graph, integer_bits=(4, 8))
         parts.rotary_tables(context)
-        _NativeDecoder(parts, sparse, keys).build(caches)
+        _NativeDecoder(parts, sparse, keys, int8=cache == "int8").build(caches)
     return caches
 
 
@@ -63,8 +68,9 @@ def runs_natively(checkpoint: Checkpoint) -> bool:
 class _NativeDecoder:
     """The flow of the graph: which node reads which."""
 
-    def __init__(self, parts: Parts, sparse: SparseOptions | None, keys: Sequence[KeyCode]) -> None:
+    def __init__(self, parts: Parts, sparse: SparseOptions | None, keys: Sequence[KeyCode], *, int8: bool) -> None:
         self.parts = parts
+        self.int8 = int8
         self.sparse = sparse
         self.keys = keys
         self.checkpoint = parts.checkpoint
@@ -82,14 +88,16 @@ class _NativeDecoder:
             gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
             state = self.add(f"{mlp}.down_proj", gated, state)
         self.head(self.parts.keep_last(state))
-        inputs, outputs = self.parts.signature(caches, cache_type=TensorProto.FLOAT16)
+        kept = TensorProto.INT8 if self.int8 else TensorProto.FLOAT16
+        inputs, outputs = self.parts.signature(caches, cache_type=kept)
         for index, cache in enumerate(caches):
-            for part, kind, rank in (("codes", TensorProto.UINT8, 3), ("means", TensorProto.FLOAT16, 4)):
-                if cache.sparse:
-                    dims = [1, cache.kv_heads, part, cache.head_dim][:rank]
-                    past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
-                    inputs.append(helper.make_tensor_value_info(past, kind, dims))
-                    outputs.append(helper.make_tensor_value_info(present, kind, dims))
+            beside = {"scales": (TensorProto.FLOAT16, 2 * cache.kv_heads)} if self.int8 else {}
+            beside |= {part: (TensorProto.UINT8, cache.kv_heads) for part in ("codes", "means") if cache.sparse}
+            for part, (kind, rows) in beside.items():
+                dims = [1, rows, "cache" if part == "scales" else part]
+                past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
+                inputs.append(helper.make_tensor_value_info(past, kind, dims))
+                outputs.append(helper.make_tensor_value_info(present, kind, dims))
         if any(cache.sparse for cache in caches):
             inputs.append(helper.make_tensor_value_info("budget", TensorProto.INT32, [1]))
         self.graph.save(inputs, outputs, title=self.config.architecture, functions=function_bodies())
@@ -103,7 +111,7 @@ class _NativeDecoder:
     def attend(self, prefix: str, qkv: str, index: int, cache: LayerCache) -> str:
         norms = [f"{prefix}.{x}_norm" for x in "qk"]
         normed = all(map(self.checkpoint.has, norms))
-        parts = ("key", "value", "codes", "means") if cache.sparse else ("key", "value")
+        parts = ["key", "value", *(["scales"] if self.int8 else ()), *(["codes", "means"] if cache.sparse else ())]
         further: dict[str, float] = {"epsilon": self.config.norm_eps} if normed else {}
         found: list[str] = []
         if cache.sparse and self.sparse is not None:
@@ -118,7 +126,7 @@ class _NativeDecoder:
             further |= {"sinks": options.sinks, "recent": options.recent, "followers": options.followers}
             further |= {"dense_below": options.dense_below}
         return self.graph.node(
-            ("Norm" if normed else "") + ("HadamardSparseAttention" if cache.sparse else "Attention"),
+            attention_op(normed=normed, sparse=cache.sparse, int8=self.int8),
             [
                 qkv,
                 *(f"past_key_values.{index}.{part}" for part in parts),

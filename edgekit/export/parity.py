@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
-from edgekit.model.reference import Rounds, forward
+from edgekit.model.reference import Kept, Rounds, forward
 from edgekit.report import Measurement
 from edgekit.runtime.static import Decoder
 from edgekit.weight import Floats
@@ -37,7 +37,7 @@ PROMPTS = (
     "Dear Sir or Madam,\n\nI am writing to ask whether the room that you advertised last week is still",
 )
 TIE = 0.05
-OURS = Rounds(steps=16383, half_cache=True)
+OUR_STEPS = 16383
 EIGHT_BITS = 127
 SLACK = 3.0
 FLIPS = 0.02  # share of positions by which top-1 agreement may then be lower, too
@@ -67,9 +67,14 @@ BOUNDS = {
 
 
 def check_parity(
-    checkpoint: Checkpoint, engine: Decoder, sequences: Sequence[Sequence[int]], *, bounds: Bounds
+    checkpoint: Checkpoint,
+    engine: Decoder,
+    sequences: Sequence[Sequence[int]],
+    *,
+    bounds: Bounds,
+    cache: Kept = "float16",
 ) -> tuple[Measurement, ...]:
-    """Compare the graph with the NumPy forward over token sequences.
+    """Compare the graph with the NumPy forward over token sequences. `cache`: what the graph keeps keys and values in.
 
     Raises DriftError with the number that broke its bound; ModelError: logits are not finite.
     """
@@ -87,7 +92,7 @@ def check_parity(
         raise ModelError(f"logits must be finite: mean KL is {kl} over {positions} positions; the weights are damaged")
     sensitivity: tuple[Measurement, ...] = ()
     if bounds.rounds and (kl > bounds.kl or share < bounds.agreement):
-        bounds, own = widened(bounds, exact, forward(checkpoint, sequences, rounds=OURS))
+        bounds, own = widened(bounds, exact, forward(checkpoint, sequences, rounds=Rounds(OUR_STEPS, cache=cache)))
         sensitivity = (Measurement("parity: mean KL that the same roundings make in NumPy", own, "nat", n=positions),)
     if kl > bounds.kl or share < bounds.agreement:
         raise DriftError(

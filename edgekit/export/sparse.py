@@ -26,7 +26,7 @@ import numpy as np
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError, UserError
 from edgekit.kernels import sparse
-from edgekit.kernels.reference import rotated
+from edgekit.kernels.attention import rotated
 from edgekit.model.reference import watch_heads
 from edgekit.model.rope import tables
 from edgekit.runtime.engine import Engine

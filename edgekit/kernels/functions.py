@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import onnx
 from onnx import parser
 
+from edgekit.kernels.attention_functions import attention_bodies
 from edgekit.kernels.opset import DOMAIN, OPS
 
 # The bodies' text is put together from the parts below. N and K are those of the table; B, S and Z are what
@@ -274,59 +275,6 @@ UNPACKED
   y = Reshape (flat, y_shape)
 """.replace("UNPACKED", _UNPACKED.replace("OUT", "row_codes").replace("IN", "row").replace("AXIS", "2"))
 
-_HEADS = """
-  num_heads = Constant <value_int: int = @num_heads> ()
-  kv_num_heads = Constant <value_int: int = @kv_num_heads> ()
-  head_dim = Constant <value_int: int = @head_dim> ()
-  width = Unsqueeze (head_dim, zero)
-  q_width = Mul (num_heads, width)
-  kv_width = Mul (kv_num_heads, width)
-"""
-
-_PLAIN_HEADS = """
-  qk_width = Add (q_width, kv_width)
-  widths = Concat <axis = 0> (qk_width, kv_width)
-  qk, v = Split <axis = 2> (qkv, widths)
-"""
-
-_SPLIT_HEADS = """
-  widths = Concat <axis = 0> (q_width, kv_width, kv_width)
-  q, k, v = Split <axis = 2> (qkv, widths)
-  heads_shape = Concat <axis = 0> (zero, zero, rest, width)
-  q_heads = Reshape (q, heads_shape)
-  k_heads = Reshape (k, heads_shape)
-"""
-
-_JOINED_HEADS = """
-  flat_shape = Constant <value_ints = [0, 0, -1]> ()
-  q_flat = Reshape (q_normed, flat_shape)
-  k_flat = Reshape (k_normed, flat_shape)
-  qk = Concat <axis = 2> (q_flat, k_flat)
-"""
-
-# Turned in float32 and then rounded, keys get the very bits that the native kernel writes: a cache fits both.
-_ATTENTION = """
-  next = Constant <value = int32[1] {1}> ()
-  total = Add (last, next)
-  total_long = Cast <to = 7> (total)
-  tokens = Shape <start = 1, end = 2> (qkv)
-  position = Sub (total_long, tokens)
-  turned = com.microsoft.RotaryEmbedding (qk, position, cos, sin)
-  joined = Concat <axis = 2> (turned, v)
-  halves = Cast <to = 10> (joined)
-  mixed, present_key, present_value = com.microsoft.GroupQueryAttention <
-    num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, local_window_size: int = @local_window_size
-  > (halves, , , past_key, past_value, last, total)
-  y = Cast <to = 1> (mixed)
-"""
-
-
-# Exact attention needs no summaries of the cache: they stay as they are.
-_SUMMARIES = """
-  present_codes = Identity (past_codes)
-  present_means = Identity (past_means)
-"""
-
 
 def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto]:
     """A function for each operator of the table: to be a model's `functions`, beside an import of their domain.
@@ -337,7 +285,6 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
     """
     linear, gated = (_matrix(parts=parts) + _CODES + _OFFSETS for parts in (1, 2))
     norm = _norm("x", "norm", "n")
-    head_norms = _norm("q_heads", "q_norm", "q_normed") + _norm("k_heads", "k_norm", "k_normed")
     product = _PRODUCT.replace("LEVEL", "4" if int8_activations else "0")
     biased = "biased = Add (product, bias) y = Add (biased, residual)"
     bodies = {
@@ -345,10 +292,7 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
         "NormQuantLinear": linear + norm + product + "y = Add (product, bias)",
         "GatedNormQuantLinear": gated + norm + product + _GATE,
         "QuantEmbedding": _matrix(parts=1) + _EMBEDDING,
-        "Attention": _HEADS + _PLAIN_HEADS + _ATTENTION,
-        "NormAttention": _HEADS + _SPLIT_HEADS + head_norms + _JOINED_HEADS + _ATTENTION,
-        "HadamardSparseAttention": _HEADS + _PLAIN_HEADS + _ATTENTION + _SUMMARIES,
-        "NormHadamardSparseAttention": _HEADS + _SPLIT_HEADS + head_norms + _JOINED_HEADS + _ATTENTION + _SUMMARIES,
+        **attention_bodies(_norm("q_heads", "q_norm", "q_normed") + _norm("k_heads", "k_norm", "k_normed")),
     }
     return [_function(name, body) for name, body in bodies.items()]
 

@@ -12,6 +12,7 @@ any), and each operator means one formula. W is the (N, K) matrix of values scal
     QuantEmbedding         y = W[ids]
     Attention              q and k rotated, k and v appended to the cache, then causal softmax(q k^T / sqrt(d)) v
     NormAttention          the same after RMSNorm of each q and k head
+    ...Int8                the same over a cache in 8 bits: each row of k and v as whole numbers times a float16 scale
     HadamardSparseAttention, NormHadamardSparseAttention
                            the same for several tokens, and for one token an estimate of it: positions that small codes
                            of the keys find are attended exactly, the others by their estimated weights and the mean
@@ -27,13 +28,8 @@ VERSION = 1
 
 _WEIGHTS = ("codes", "scales", "zeros", "minima")
 _MATRIX = ("N", "K", "bits", "block")
-_CACHE = ("qkv", "past_key", "past_value", "last", "cos", "sin")
 _HEADS = ("num_heads", "kv_num_heads", "head_dim", "local_window_size")
-_PRESENT = ("y", "present_key", "present_value")
-_SPARSE_CACHE = ("qkv", "past_key", "past_value", "past_codes", "past_means", "last", "cos", "sin")
-_SPARSE = (*_SPARSE_CACHE, "center", "encoder", "decoder", "budget")
 _SPARSE_HEADS = (*_HEADS, "sinks", "recent", "followers", "dense_below")
-_SPARSE_PRESENT = (*_PRESENT, "present_codes", "present_means")
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,24 @@ class Op:
     attributes: tuple[str, ...]
 
 
+def attention_op(*, normed: bool, sparse: bool, int8: bool) -> str:
+    """The name of the attention operator with RMSNorm of heads, sparse, over a cache in 8 bits."""
+    return (
+        ("Norm" if normed else "") + ("HadamardSparseAttention" if sparse else "Attention") + ("Int8" if int8 else "")
+    )
+
+
+def _attention(*, normed: bool, sparse: bool, int8: bool) -> Op:
+    """One of the attention operators."""
+    name = attention_op(normed=normed, sparse=sparse, int8=int8)
+    cache = ("key", "value", *(("scales",) if int8 else ()), *(("codes", "means") if sparse else ()))
+    inputs = ("qkv", *(f"past_{part}" for part in cache), "last", "cos", "sin")
+    found = ("center", "encoder", "decoder", "budget") if sparse else ()
+    norms = ("q_norm", "k_norm") if normed else ()
+    attributes = (*(_SPARSE_HEADS if sparse else _HEADS), *(("epsilon",) if normed else ()))
+    return Op(name, (*inputs, *found, *norms), ("y", *(f"present_{part}" for part in cache)), attributes)
+
+
 OPS = {
     op.name: op
     for op in (
@@ -53,14 +67,11 @@ OPS = {
         Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias", "steps"), ("y",), (*_MATRIX, "epsilon")),
         Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon")),
         Op("QuantEmbedding", ("ids", *_WEIGHTS, "steps"), ("y",), _MATRIX),
-        Op("Attention", _CACHE, _PRESENT, _HEADS),
-        Op("NormAttention", (*_CACHE, "q_norm", "k_norm"), _PRESENT, (*_HEADS, "epsilon")),
-        Op("HadamardSparseAttention", _SPARSE, _SPARSE_PRESENT, _SPARSE_HEADS),
-        Op(
-            "NormHadamardSparseAttention",
-            (*_SPARSE, "q_norm", "k_norm"),
-            _SPARSE_PRESENT,
-            (*_SPARSE_HEADS, "epsilon"),
+        *(
+            _attention(normed=normed, sparse=sparse, int8=int8)
+            for int8 in (False, True)
+            for sparse in (False, True)
+            for normed in (False, True)
         ),
     )
 }

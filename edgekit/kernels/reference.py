@@ -1,29 +1,29 @@
-"""The operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable.
+"""The operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable; attention: `.attention`.
 
-Products come in three modes. "float32" takes activations as they are. The native kernels multiply in integers: each
+Products come in four modes. "float32" takes activations as they are. The native kernels multiply in integers: each
 block of a row of activations, n numbers x with peak p = max |x|, becomes, with m = STEPS[mode],
 
     p / m * rint(x * (m / p)),        zeros where p is 0.
 
 What follows is exact in integers, so a kernel differs from this by the rounding of float sums alone. Kernels use
-"int16" for up to FINE_ROWS rows of activations and "int8" for more. Sums here are in float64. Arguments are the
+"int16" for up to FINE_ROWS rows of activations and "int8" for more; the path "amx" then has "bfloat16" for activations
+and weights, rounded to nearest. Sums here are in float64. Arguments are the
 operator's inputs in the table's order and its attributes by name.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.kernels import sparse
 from edgekit.kernels.pack import Tiles, separate, untile
 from edgekit.weight import Bytes, Floats, SignedBytes
 
 Doubles = NDArray[np.float64]
 Halves = NDArray[np.float16]
-Activations = Literal["float32", "int16", "int8"]
+Activations = Literal["float32", "int16", "int8", "bfloat16"]
 
 STEPS = {"int16": 254 * 127 + 126, "int8": 127}  # integers on either side of zero; int16 is two int8, 254 high + low
 FINE_ROWS = 64
@@ -115,142 +115,24 @@ def quant_embedding(
     return W.astype(np.float32)[ids]
 
 
-def attention(
-    qkv: Floats,
-    past_key: Halves,
-    past_value: Halves,
-    last: NDArray[np.int32],
-    cos: Floats,
-    sin: Floats,
-    *,
-    num_heads: int,
-    kv_num_heads: int,
-    head_dim: int,
-    local_window_size: int,
-) -> tuple[Floats, Halves, Halves]:
-    """Causal attention of T tokens, the last of them at index `last`, over a cache of S places.
-
-    qkv: (1, T, (num_heads + 2 kv_num_heads) head_dim), the heads of q, then k, then v. past_*: (1, kv_num_heads, S,
-    head_dim). cos, sin: (places, head_dim / 2), a row for each position. local_window_size: a token sees that many, the
-    last of which is itself; -1: all before it.
-
-    Returns y (1, T, num_heads * head_dim), present_key and present_value, which are the past with rotated keys and
-    values of the T tokens written in, rounded to float16. Places past `last` are not read, and what they hold
-    afterwards is undefined.
-    """
-    heads = _heads(qkv, head_dim)
-    q, k, v = np.split(heads, [num_heads, num_heads + kv_num_heads])
-    return _attend(q, k, v, past_key, past_value, last, cos, sin, local_window_size)
-
-
-def norm_attention(
-    qkv: Floats,
-    past_key: Halves,
-    past_value: Halves,
-    last: NDArray[np.int32],
-    cos: Floats,
-    sin: Floats,
-    q_norm: Floats,
-    k_norm: Floats,
-    *,
-    num_heads: int,
-    kv_num_heads: int,
-    head_dim: int,
-    local_window_size: int,
-    epsilon: float,
-) -> tuple[Floats, Halves, Halves]:
-    """`attention` after RMSNorm of each head of q and k: norms (head_dim,)."""
-    heads = _heads(qkv, head_dim)
-    q, k, v = np.split(heads, [num_heads, num_heads + kv_num_heads])
-    q, k = rms_norm(q, q_norm, epsilon), rms_norm(k, k_norm, epsilon)
-    return _attend(q, k, v, past_key, past_value, last, cos, sin, local_window_size)
-
-
-def hadamard_sparse_attention(
-    qkv: Floats,
-    past_key: Halves,
-    past_value: Halves,
-    past_codes: Bytes,
-    past_means: Halves,
-    last: NDArray[np.int32],
-    cos: Floats,
-    sin: Floats,
-    center: Floats,
-    encoder: Floats,
-    decoder: Floats,
-    budget: NDArray[np.int32],
-    *,
-    num_heads: int,
-    kv_num_heads: int,
-    head_dim: int,
-    local_window_size: int,
-    sinks: int,
-    recent: int,
-    followers: int,
-    dense_below: int,
-) -> tuple[Floats, Halves, Halves, Bytes, Halves]:
-    """`attention` for several tokens; for one token at a length above `dense_below` and `budget`, `sparse.attend`.
-
-    past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, pages, head_dim) summarise the cache in the
-    layout of `edgekit.kernels.sparse`; center (kv_num_heads, head_dim), encoder and decoder, (kv_num_heads, head_dim,
-    coded channels) each, which is transposed, are calibrated.
-    """
-    y, keys, values = attention(
-        qkv,
-        past_key,
-        past_value,
-        last,
-        cos,
-        sin,
-        num_heads=num_heads,
-        kv_num_heads=kv_num_heads,
-        head_dim=head_dim,
-        local_window_size=local_window_size,
-    )
-    tokens, total = qkv.shape[1], int(last.reshape(())) + 1
-    position = np.arange(total - tokens, total)
-    q, k, _ = np.split(_heads(qkv, head_dim), [num_heads, num_heads + kv_num_heads])
-    q, k = rotated(q, cos[position], sin[position]), rotated(k, cos[position], sin[position])
-    codes, means = past_codes.copy(), past_means.copy()
-    center = center.reshape(kv_num_heads, head_dim)
-    shape = (kv_num_heads, head_dim, sparse.coded_channels(head_dim))
-    encoder, decoder = encoder.reshape(shape), decoder.reshape(shape)
-    for head in range(kv_num_heads):
-        coded = sparse.encode(k[head], center[head], encoder[head].T)
-        sparse.store(codes[0, head], coded, position[0], head_dim=head_dim)
-        sparse.average(means[0, head], values[0, head, :total], position[0])
-    if tokens == 1 and total > max(dense_below, int(budget.reshape(()))):
-        group = num_heads // kv_num_heads
-        y = np.concatenate(
-            [
-                sparse.attend(
-                    q[head * group : (head + 1) * group, 0],
-                    keys[0, head, :total],
-                    values[0, head, :total],
-                    sparse.load(codes[0, head], total, head_dim=head_dim),
-                    means[0, head],
-                    center[head],
-                    decoder[head].T,
-                    budget=int(budget.reshape(())),
-                    sinks=sinks,
-                    recent=recent,
-                    followers=followers,
-                ).reshape(1, 1, -1)
-                for head in range(kv_num_heads)
-            ],
-            axis=-1,
-        )
-    return y, keys, values, codes, means
-
-
 # --- what they are made of --------------------------------------------------------------------------------------------
 
 
 def product(x: Floats, W: Doubles, block: int, activations: Activations) -> Doubles:
     """x W^T, after the rounding of x that `activations` asks for."""
-    exact = x.astype(np.float64) if activations == "float32" else rounded(x, block, STEPS[activations])
+    if activations == "bfloat16":
+        x, W = bfloat16(x), bfloat16(W)
+    exact = rounded(x, block, STEPS[activations]) if activations in STEPS else x.astype(np.float64)
     y: Doubles = exact @ W.T
     return y
+
+
+def bfloat16(x: NDArray[np.floating[Any]]) -> Doubles:
+    """The nearest numbers of 8 bits of fraction, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    values: Doubles = nearest.astype(np.uint32).view(np.float32).astype(np.float64)
+    return values
 
 
 def rounded(x: Floats, block: int, steps: int) -> Doubles:
@@ -264,6 +146,16 @@ def rounded(x: Floats, block: int, steps: int) -> Doubles:
     return values
 
 
+def round_rows(x: Floats) -> tuple[SignedBytes, Halves]:
+    """Rows (..., d) of a cache in 8 bits: codes (..., d) and their scales (...); see `edgekit.kernels.attention`."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        scales = (np.abs(x).max(-1) / np.float32(127)).astype(np.float16)
+        steps = scales.astype(np.float32)[..., None]
+        inverse = np.where(steps > 0, np.float32(1) / steps, np.float32(0))
+        codes = np.clip(np.nan_to_num(np.rint(x * inverse), nan=127.0), -127, 127).astype(np.int8)
+    return codes, scales
+
+
 def matrix(tiles: Tiles) -> Doubles:
     """The values scale * (code - zero) + minimum of a matrix in tiles, (rows, columns)."""
     return untile(tiles).dense().astype(np.float64)
@@ -274,12 +166,6 @@ def rms_norm(x: Floats, norm: Floats, epsilon: float) -> Floats:
     mean = np.mean(np.square(x.astype(np.float64)), axis=-1, keepdims=True)
     normed: Floats = x * (1 / np.sqrt(mean + epsilon)).astype(np.float32) * norm
     return normed
-
-
-def rotated(x: Floats, cos: Floats, sin: Floats) -> Floats:
-    """x (heads, T, head_dim) with each pair of channels (i, i + head_dim / 2) turned; cos, sin: (T, head_dim / 2)."""
-    a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def _tiles(
@@ -298,39 +184,3 @@ def _tiles(
     offsets = minima if minima.size > 1 else zeros if zeros.size > 1 else None
     given = steps if scales.dtype == np.uint8 else None
     return Tiles(codes, scales, offsets, bits=bits, block=block, rows=N, columns=K, steps=given)
-
-
-def _heads(qkv: Floats, head_dim: int) -> Floats:
-    """(1, T, heads * head_dim) as (heads, T, head_dim)."""
-    heads: Floats = qkv[0].reshape(qkv.shape[1], qkv.shape[2] // head_dim, head_dim).swapaxes(0, 1)
-    return heads
-
-
-def _attend(
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    past_key: Halves,
-    past_value: Halves,
-    last: NDArray[np.int32],
-    cos: Floats,
-    sin: Floats,
-    window: int,
-) -> tuple[Floats, Halves, Halves]:
-    """Attention of heads (heads, T, head_dim) that are normed but not yet rotated."""
-    tokens, head_dim = q.shape[1:]
-    total = int(last.reshape(())) + 1
-    position = np.arange(total - tokens, total)
-    keys, values = past_key.copy(), past_value.copy()
-    keys[0][:, position] = rotated(k, cos[position], sin[position])
-    values[0][:, position] = v
-
-    shared = len(q) // len(k)  # query heads that read the same keys
-    seen_keys, seen_values = (cache[0, :, :total].astype(np.float64).repeat(shared, axis=0) for cache in (keys, values))
-    queries = rotated(q, cos[position], sin[position]).astype(np.float64)
-    scores = queries @ seen_keys.swapaxes(1, 2) / np.sqrt(head_dim)
-    distance = position[:, None] - np.arange(total)
-    scores[:, (distance < 0) | (distance >= (window if window > 0 else total))] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    y = (weights / weights.sum(-1, keepdims=True)) @ seen_values  # (heads, T, head_dim)
-    return y.swapaxes(0, 1).reshape(1, tokens, len(q) * head_dim).astype(np.float32), keys, values

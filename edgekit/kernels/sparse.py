@@ -25,7 +25,8 @@ Source: Adamas, arXiv 2510.18413, for 2-bit codes of Hadamard-transformed keys a
 not coded, the keys are centred and coded in calibrated channels, all query heads of a group share one selection, window
 and sinks are always attended, and what is not selected is not dropped. docs/sparse-attention.md has what each is worth.
 
-Layout of the codes: `csrc/sparse.inl`.
+Layout of the codes: `csrc/sparse.inl`. The means of a block of 256 positions are sixteen rows in 8 bits, as rows of a
+cache (`edgekit.kernels.attention`), and then their sixteen scales.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import BLOCK, PAGE
-from edgekit.weight import Bytes, Floats, Halves
+from edgekit.kernels.reference import round_rows
+from edgekit.weight import Bytes, Floats
 
 RUN = 16  # channels that stand together
 _LOG2E = 1.44269504088896341
@@ -108,11 +110,26 @@ def _parted(lines: Bytes, bits: int) -> Bytes:
     return parted
 
 
-def average(means: Halves, values: Halves, first: int) -> None:
-    """Write the mean values of the pages from position `first` on; values: (total, d)."""
-    for page in range(first // PAGE, -(-len(values) // PAGE)):
+def average(packed: Bytes, values: Floats, first: int) -> None:
+    """Write the mean values of the pages from position `first` on into a head's packed means; values: (total, d)."""
+    total, head_dim = values.shape
+    blocks = packed.reshape(-1, PAGE * (head_dim + 2))
+    for page in range(first // PAGE, -(-total // PAGE)):
         rows = values[page * PAGE : (page + 1) * PAGE].astype(np.float32)
-        means[page] = rows.sum(0, dtype=np.float32) * np.float32(1 / len(rows))
+        mean = rows.sum(0, dtype=np.float32) * np.float32(1 / len(rows))
+        codes, scale = round_rows(mean)
+        block, lane = blocks[page // PAGE], page % PAGE
+        block[lane * head_dim : (lane + 1) * head_dim] = codes.view(np.uint8)
+        block[PAGE * head_dim :].view(np.float16)[lane] = scale
+
+
+def load_means(packed: Bytes, head_dim: int) -> Floats:
+    """The mean values of all pages, (pages, d)."""
+    blocks = packed.reshape(-1, PAGE * (head_dim + 2))
+    codes = blocks[:, : PAGE * head_dim].view(np.int8).reshape(-1, head_dim)
+    scales = np.ascontiguousarray(blocks[:, PAGE * head_dim :]).view(np.float16).reshape(-1, 1)
+    means: Floats = codes.astype(np.float32) * scales.astype(np.float32)
+    return means
 
 
 def estimates(q: Floats, codes: Bytes, center: Floats, decoder: Floats) -> NDArray[np.float64]:
@@ -168,10 +185,11 @@ def _forced(total: int, *, budget: int, sinks: int, recent: int) -> NDArray[np.b
 
 def attend(
     q: Floats,
-    keys: Halves,
-    values: Halves,
+    exact_q: NDArray[np.float64],
+    keys: Floats,
+    values: Floats,
     codes: Bytes,
-    means: Halves,
+    means: Floats,
     center: Floats,
     decoder: Floats,
     *,
@@ -181,13 +199,15 @@ def attend(
     followers: int,
 ) -> Floats:
     """Attention of the queries (heads, d) of one token over one key-value head: keys, values (total, d), codes
-    (total, C), means (pages, d), the decoder (C, d); returns (heads, d). budget >= 1, total > budget."""
+    (total, C), means (pages, d), the decoder (C, d); returns (heads, d). budget >= 1, total > budget. exact_q: the
+    queries
+    as they meet the keys."""
     total, head_dim = keys.shape
     t = estimates(q, codes, center, decoder)
     forced = _forced(total, budget=budget, sinks=sinks, recent=recent)
     reference = np.rint(t[:, ~forced].max(-1, keepdims=True, initial=-1e30))
     weights = np.where(forced, 0, rough_power(np.minimum(t - reference, 1)))
-    scores = q.astype(np.float64) @ keys.astype(np.float64).T / np.sqrt(head_dim)
+    scores = exact_q @ keys.astype(np.float64).T / np.sqrt(head_dim)
     top = np.maximum(scores[:, forced].max(-1, keepdims=True), reference / _LOG2E)
     weights *= np.exp(reference / _LOG2E - top)
     near = np.exp(scores - top)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,18 +23,19 @@ from edgekit.model.rope import tables
 from edgekit.weight import Floats
 
 Watch = Callable[[int, Floats, Floats], None]
+Kept = Literal["float32", "float16", "int8"]
 
 
 @dataclass(frozen=True)
 class Rounds:
     """What a runtime rounds beside the weights: what matrices read, in blocks of 32 to `steps` whole steps on either
-    side of zero, in `layers` alone where given (the layer after the last is the head); keys and values to float16 with
-    `half_cache`.
+    side of zero, in `layers` alone where given (the layer after the last is the head); keys and values to what a
+    `cache` keeps: "int8" is whole numbers of -127..127 times a float16 scale a row (`edgekit.kernels.attention`).
     """
 
     steps: int
     layers: frozenset[int] | None = None
-    half_cache: bool = False
+    cache: Kept = "float32"
 
     def meets(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
@@ -138,8 +140,8 @@ class _Layer:
         if self.watch is not None:
             self.watch(self.index, q, k)
         q, k = self.rotate(q), self.rotate(k)
-        if self.rounds is not None and self.rounds.half_cache:
-            k, v = (part.astype(np.float16).astype(np.float32) for part in (k, v))
+        if self.rounds is not None:
+            k, v = (kept(part, self.rounds.cache) for part in (k, v))
         group = len(q) // len(k)
         k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
         scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(width))
@@ -163,6 +165,18 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x / rms(x) * weight over the last axis. Source: Zhang and Sennrich, arXiv 1910.07467."""
     normed: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps)) * weight
     return normed
+
+
+def kept(x: Floats, cache: Kept) -> Floats:
+    """Rows (..., d) of keys or values as a cache keeps them."""
+    if cache == "float32":
+        return x
+    if cache == "float16":
+        return x.astype(np.float16).astype(np.float32)
+    step = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    codes = np.clip(np.rint(x / np.where(step == 0, np.float32(np.inf), step)), -127, 127)
+    values: Floats = step * codes
+    return values
 
 
 def rounded(x: Floats, steps: int, block: int = 32) -> Floats:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.errors import ModelError, UserError
+from edgekit.kernels.opset import OPS
 
 # TensorProto.DataType -> bits of an element; strings have no size.
 _BITS = {
@@ -23,7 +24,7 @@ _BITS = {
 }  # fmt: skip
 # Operators that read a few rows of their table, and which input that table is.
 _ROW_READERS = {"Gather", "GatherBlockQuantized", "QuantEmbedding"}
-_ROTARY = {"Attention", "NormAttention", "GroupQueryAttention", "RotaryEmbedding", "HadamardSparseAttention"}
+_ROTARY = {name for name in OPS if "Attention" in name} | {"GroupQueryAttention", "RotaryEmbedding"}
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,7 @@ def _layers(graph: OnnxGraph, bundle: Bundle) -> Table:
         index = int(name[6:]) if name.startswith("layer ") else -1
         cache = None
         if 0 <= index < len(spec.layers):
-            layer = spec.layers[index]
-            cache = 2 * layer.kv_heads * layer.head_dim * spec.cache_type.itemsize * 1000 / 1e6
+            cache = spec.layer_bytes(spec.layers[index], 1000) / 1e6
         lines.append(Row(name, (size / 1e6, cache)))
     return Table("layer", ("weights, MB", "cache of 1,000 tokens, MB"), tuple(lines))
 
@@ -211,7 +210,7 @@ def _bounds(found: Findings, roof: Roofline) -> list[Measurement]:
 def _read_table(bundle: Bundle, found: Findings, roof: Roofline) -> Table:
     """Bytes that one token reads, by group of tensors, and the time that they need at the measured bandwidth."""
     assert found.options.generate_tokens is not None
-    groups = {**found.graph.read_bytes(), "keys and values": float(bundle.spec.cache_bytes(1))}
+    groups = {**found.graph.read_bytes(), "keys and values": float(bundle.spec.token_bytes)}
     groups["keys and values"] *= found.options.generate_tokens // 2
     total = sum(groups.values()) or 1.0
     lines = [

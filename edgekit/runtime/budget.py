@@ -54,7 +54,7 @@ def plan_memory(spec: DecoderSpec, *, context: int) -> MemoryPlan:
         activation_bytes=activations,
         available_bytes=available,
         context=context,
-        largest_context=max(0, left // spec.cache_bytes(1)) // 64 * 64,
+        largest_context=max(0, left // spec.token_bytes) // 64 * 64,
     )
 
 

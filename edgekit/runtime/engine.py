@@ -133,9 +133,7 @@ class Engine:
     def _extent(self, name: str, tokens: int) -> int:
         """How much of a buffer's third axis `tokens` positions take."""
         index, part = name.split(".")
-        layer = self.spec.layers[int(index)]
-        shapes = {"codes": layer.code_shape, "means": layer.mean_shape}
-        return shapes[part](tokens)[2] if part in shapes else tokens
+        return self.spec.cache_parts(self.spec.layers[int(index)], tokens)[part][0][2]
 
     @property
     def budget(self) -> int | None:
@@ -182,12 +180,8 @@ class Engine:
     def _bind_cache(self) -> None:
         self._cache = {}
         for index, layer in enumerate(self.spec.layers):
-            shape = (1, layer.kv_heads, self.context, layer.head_dim)
-            parts = {part: _lazy_zeros(shape, self.spec.cache_type) for part in ("key", "value")}
-            if layer.sparse:
-                parts["codes"] = _lazy_zeros(layer.code_shape(self.context), np.dtype(np.uint8))
-                parts["means"] = _lazy_zeros(layer.mean_shape(self.context), np.dtype(np.float16))
-            for part, buffer in parts.items():
+            for part, (shape, kind) in self.spec.cache_parts(layer, self.context).items():
+                buffer = _lazy_zeros(shape, kind)
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
                 self._binding.bind_ortvalue_output(f"present.{index}.{part}", value)

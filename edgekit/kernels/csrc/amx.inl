@@ -1,151 +1,161 @@
-// y = x W^T for many rows of activations on Intel's matrix unit (AMX): tiles of 16 rows of weights times 16 of activations.
+// y = x W^T for many rows of activations on Intel's matrix unit (AMX), in bfloat16: squares of 32 rows by 32 of weights.
 //
-// Unpacked, a group of 32 columns of path.h is what the unit wants of its second operand: 8 rows of 64 bytes, four
-// columns of each of the 16 rows. One instruction multiplies it by 16 rows of activations; scales follow block by block in
-// the order of linear.inl, so results equal the avx512 path's to the bit. Symmetric codes are made signed as they are
-// unpacked. Rows beyond the last sixteen, and two planes of activations, are linear.inl's.
+// Weights are unpacked and scaled once for all rows, so that sums run over whole rows of them inside the unit, in float32,
+// and no product is scaled. Rounding to 8 bits of fraction at any size of number is finer than codes of 8 bits whose
+// scale is their block's largest. Few rows, in one plane or two, are linear.inl's.
 
 namespace edgekit {
 namespace {
 
-// What the unit's registers hold: 0 is the product, 1 activations, 2 weights.
+// Registers 0 to 3 are products, 4 and 5 activations, 6 and 7 weights: all of 16 rows of 64 bytes.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 32, 64};
-  uint8_t rows[16] = {16, 16, 8};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
 // GCC's own intrinsics do not say which memory they read.
+using Square = uint8_t[1024];
 inline void set_shapes(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" : : "m"(shapes)); }
 inline void release_tiles() { __asm__ volatile("tilerelease"); }
-inline void clear_product() { __asm__ volatile("tilezero %tmm0"); }
-inline void load_rows(const int8_t* p, int64_t stride) {
-  using Rows = int8_t[1 << 24];  // at most
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm1" : : "r"(p), "r"(stride), "m"(*reinterpret_cast<const Rows*>(p)));
+template <int Register>
+inline void load_square(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Register), "m"(*static_cast<const Square*>(p)));
 }
-inline void load_weights(const uint8_t* p, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm2" : : "r"(p), "r"(stride), "m"(*reinterpret_cast<const uint8_t(*)[512]>(p)));
-}
-template <bool Signed>  // whether the weights are
-inline void add_product() {
-  if constexpr (Signed) {
-    __asm__ volatile("tdpbssd %tmm2, %tmm1, %tmm0");
-  } else {
-    __asm__ volatile("tdpbsud %tmm2, %tmm1, %tmm0");
-  }
-}
-inline void store_product(int32_t* p, int64_t stride) {
-  __asm__ volatile("tilestored %%tmm0, (%1,%2,1)" : "=m"(*reinterpret_cast<int32_t(*)[256]>(p)) : "r"(p), "r"(stride));
+template <int Register>
+inline void store_square(float* p, int64_t stride) {
+  using Lines = float[1 << 24];  // at most
+  __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(*reinterpret_cast<Lines*>(p)) : "r"(p), "r"(stride), "i"(Register));
 }
 
-// The codes of one tile as bytes, [columns / 4][16][4].
+// A group of 32 columns of a tile as what the unit wants of its second operand: 16 lines of two columns of each row.
+constexpr int64_t kGroup = 16 * 64;
+
+// Columns from..to of one tile as bfloat16, in groups.
 template <int Bits, Offset Kind>
-[[gnu::noinline]] void unpack_tile(const Matrix& w, int64_t tile, uint8_t* out) {
-  const uint8_t* codes = w.codes + tile * w.tile_codes();
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(1 << (Bits - 1)));
-  for (int64_t column = 0; column < w.blocks() * w.block; column += 32) {
+[[gnu::noinline]] void scale_tile(const Matrix& w, int64_t tile, int64_t from, int64_t to, uint8_t* out) {
+  const TileScales<Bits, Kind> scales(w, tile);
+  const uint8_t* codes = w.codes + tile * w.tile_codes() + from * kLanes * Bits / 8;
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i byte = _mm512_set1_epi32(255);
+  const int log = __builtin_ctz(static_cast<unsigned>(w.block));
+  for (int64_t column = from; column < to; column += 32) {
     Bytes unpacked[8];
     unpack<Bits>(codes, unpacked);
     for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
     codes += kLanes * 32 * Bits / 8;
+    const Floats scale = scales.scale(column >> log);
+    const Floats minimum = scales.offset(column >> log, scale), zero = scales.zero(column >> log);
     for (const Bytes& run : unpacked) {
-      _mm512_storeu_si512(out, Kind == Offset::kSymmetric ? _mm512_sub_epi8(run.v, zero) : run.v);
-      out += 64;
-    }
-  }
-}
-
-// The scales of all rows of activations, and scale times sum: [rows / 16][blocks][16] of each, one behind the other.
-void turn_scales(const Activations& x, float* out) {
-  float* sums = out + x.rows / kLanes * kLanes * x.blocks;
-  for (int64_t row = 0; row < x.rows / kLanes * kLanes; ++row) {
-    for (int64_t b = 0; b < x.blocks; ++b) {
-      const int64_t to = (row / kLanes * x.blocks + b) * kLanes + row % kLanes, from = row * x.blocks + b;
-      out[to] = x.scales[from];
-      sums[to] = x.scales[from] * static_cast<float>(x.sums[from]);
-    }
-  }
-}
-
-constexpr int64_t kBlocksAtOnce = 16;  // blocks that are multiplied before they are scaled
-
-// The products of one tile with 16 rows of activations.
-template <int Bits, Offset Kind>
-[[gnu::noinline]] void square(const Matrix& w, int64_t tile, const uint8_t* codes, const Activations& x, int64_t first,
-                   const float* scales_x, Floats* sums) {
-  const int64_t blocks = w.blocks(), block = w.block, width = x.width, line = 64;
-  const TileScales<Bits, Kind> scales(w, tile);
-  const float* scale_x = scales_x + first * blocks;
-  const float* sum_x = scale_x + x.rows / kLanes * kLanes * blocks;
-  const int8_t* rows = x.codes + first * width;
-  // Products lie in memory for a while before they are read: what the unit has just stored is not at hand at once.
-  alignas(64) int32_t products[kBlocksAtOnce][kLanes * kLanes];
-  Floats acc[kLanes];  // in registers: stores through `sums` could be to anything
-  for (int m = 0; m < kLanes; ++m) acc[m] = zeros();
-  for (int64_t from = 0; from < blocks; from += kBlocksAtOnce) {
-    const int64_t count = blocks - from < kBlocksAtOnce ? blocks - from : kBlocksAtOnce;
-    for (int64_t i = 0; i < count; ++i) {
-      clear_product();
-      for (int64_t column = 0; column < block; column += 32) {
-        load_rows(rows, width);
-        load_weights(codes, line);
-        add_product<Kind == Offset::kSymmetric>();
-        rows += 32;
-        codes += 32 * kLanes;
-      }
-      store_product(products[i], line);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t b = from + i;
-      const Floats scale = scales.scale(b), offset = scales.offset(b, scale);
-      for (int m = 0; m < kLanes; ++m) {
-        const Ints product = {_mm512_load_si512(products[i] + m * kLanes)};
-        acc[m] = fma(to_float(product), mul(scale, all(scale_x[b * kLanes + m])), acc[m]);
-        if constexpr (Kind != Offset::kSymmetric) acc[m] = fma(offset, all(sum_x[b * kLanes + m]), acc[m]);
+      const auto value = [&](int at) {
+        const Ints code = {_mm512_and_si512(_mm512_srli_epi32(run.v, 8 * at), byte)};
+        return Kind == Offset::kMinimum ? fma(to_float(code), scale, minimum).v : mul(sub(to_float(code), zero), scale).v;
+      };
+      for (int at = 0; at < 4; at += 2, out += 64) {
+        const auto pair = (__m512i)_mm512_cvtne2ps_pbh(value(at + 1), value(at));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(turns, pair));
       }
     }
   }
-  for (int m = 0; m < kLanes; ++m) sums[m] = acc[m];
 }
 
-// Tiles that are unpacked together, so that each row of activations is read, and of the result written, in longer pieces.
-constexpr int64_t kTilesAtOnce = 4;
+// Products of 32 rows with two tiles over `groups` of 32 columns, added to `sums` unless they are the first.
+[[gnu::noinline]] void square(const int8_t* x, int64_t next_rows, const uint8_t* tiles, int64_t next_tile, int64_t groups,
+                              bool first, float* sums) {
+  constexpr int64_t kLine = 64, kRow = 2 * kLanes * sizeof(float);
+  float* lower = sums + kLanes * 2 * kLanes;
+  if (first) {
+    __asm__ volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+  } else {
+    load_square<0>(sums, kRow);
+    load_square<1>(sums + kLanes, kRow);
+    load_square<2>(lower, kRow);
+    load_square<3>(lower + kLanes, kRow);
+  }
+  for (int64_t g = 0; g < groups; ++g, x += kGroup, tiles += kGroup) {
+    load_square<6>(tiles, kLine);
+    load_square<4>(x, kLine);
+    load_square<7>(tiles + next_tile, kLine);
+    load_square<5>(x + next_rows, kLine);
+    __asm__ volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
+    __asm__ volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
+    __asm__ volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+    __asm__ volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+  }
+  store_square<0>(sums, kRow);
+  store_square<1>(sums + kLanes, kRow);
+  store_square<2>(lower, kRow);
+  store_square<3>(lower + kLanes, kRow);
+}
+
+// The results of two tiles, the first of which is `tile`; the second counts where `both`.
+[[gnu::noinline]] void finish_pair(const Matrix& w, const Activations& x, const Epilogue& end, const float* sums, int64_t tile,
+                                   bool both, float* y, int64_t stride) {
+  const int64_t width = end.gated ? w.rows / 2 : w.rows, column = (end.gated ? tile / 2 : tile) * kLanes;
+  const bool whole = column + (both ? 2 : 1) * kLanes <= width;
+  const auto ended = [&](Floats value, int64_t from, int64_t at) {
+    if (!whole) return finish(end, value, y, at, from, width);
+    if (end.bias && !end.gated) value = add(value, load(end.bias + from));
+    if (end.residual) value = add(value, load(end.residual + at));
+    store(y + at, value);
+  };
+  for (int64_t row = 0; row < x.rows; ++row, sums += 2 * kLanes) {
+    const Floats value = load(sums), second = load(sums + kLanes);
+    ended(end.gated ? mul(silu(value), second) : value, column, row * stride + column);
+    if (both) ended(second, column + kLanes, row * stride + column + kLanes);
+  }
+}
 
 struct MatrixRows {
   template <int Bits, Offset Kind, int Planes>
   static void of(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
                  int64_t last, uint8_t* work) {
-    const int64_t rows = Planes == 1 ? x.rows / kLanes * kLanes : 0, bytes = kLanes * x.width, parts = end.gated ? 2 : 1;
-    auto* scales = reinterpret_cast<float*>(work + 2 * kTilesAtOnce * bytes);
-    if (rows > 0) {
-      turn_scales(x, scales);
-      set_shapes(TileShapes{});
-    }
-    for (int64_t from = first; from < last; from += kTilesAtOnce) {
-      const int64_t to = from + kTilesAtOnce < last ? from + kTilesAtOnce : last;
-      if (rows > 0) {
-        for (int64_t i = parts * from; i < parts * to; ++i) unpack_tile<Bits, Kind>(w, i, work + (i - parts * from) * bytes);
-      }
-      for (int64_t row = 0; row < rows; row += kLanes) {
-        for (int64_t tile = from; tile < to; ++tile) {
-          const uint8_t* codes = work + parts * (tile - from) * bytes;
-          Floats sums[kLanes];
-          square<Bits, Kind>(w, parts * tile, codes, x, row, scales, sums);
-          if (end.gated) {
-            Floats up[kLanes];
-            square<Bits, Kind>(w, parts * tile + 1, codes + bytes, x, row, scales, up);
-            for (int m = 0; m < kLanes; ++m) sums[m] = mul(silu(sums[m]), up[m]);
-          }
-          for (int m = 0; m < kLanes; ++m) {
-            finish(end, sums[m], y, (row + m) * stride + tile * kLanes, tile * kLanes, w.rows / parts);
-          }
+    if (Planes) return VectorRows::of<Bits, Kind, Planes ? Planes : 1>(w, x, end, y, stride, first, last, work);
+    work += -reinterpret_cast<uintptr_t>(work) & 63;
+    constexpr int64_t kNextTile = kPanel / 32 * kGroup;
+    auto* sums = reinterpret_cast<float*>(work + 2 * kNextTile);
+    const int64_t parts = end.gated ? 2 : 1, next_rows = x.width / 32 * kGroup;
+    set_shapes(TileShapes{});
+    for (int64_t tile = parts * first; tile < parts * last; tile += 2) {
+      const bool both = !end.gated && tile + 1 < last;
+      for (int64_t from = 0; from < x.width; from += kPanel) {
+        const int64_t to = from + kPanel < x.width ? from + kPanel : x.width;
+        scale_tile<Bits, Kind>(w, tile, from, to, work);
+        if (both || end.gated) scale_tile<Bits, Kind>(w, tile + 1, from, to, work + kNextTile);
+        for (int64_t row = 0; row < x.rows; row += kSquares * kLanes) {
+          square(x.codes + row / kLanes * next_rows + from / 32 * kGroup, next_rows, work, kNextTile, (to - from) / 32,
+                 from == 0, sums + row * 2 * kLanes);
         }
       }
-      for (int64_t tile = from; tile < to; ++tile) tile_rows<Bits, Kind, Planes>(w, x, end, y, stride, tile, rows);
+      finish_pair(w, x, end, sums, tile, both, y, stride);
     }
-    if (rows > 0) release_tiles();
+    release_tiles();
   }
 };
+
+// Rows first..last of x, after RMSNorm with `norm` where it is not null: as integers, or as bfloat16 in squares.
+void quantize_rows(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
+                   int64_t first, int64_t last) {
+  if (out.planes) return quantize(x, columns, norm, epsilon, block, out, first, last);
+  float values[32];
+  for (int64_t row = first; row < last; ++row) {
+    const float* in = x + row * columns;
+    const float gain = norm ? gain_of(in, columns, epsilon) : 1.0f;
+    int8_t* to = out.codes + row / kLanes * (out.width / 32) * kGroup + row % kLanes * 64;
+    for (int64_t from = 0; from < out.width; from += 32, to += kGroup) {
+      Floats low, high;
+      if (from + 32 <= columns) {
+        low = load(in + from), high = load(in + from + kLanes);
+        if (norm) low = mul(mul(low, all(gain)), load(norm + from)), high = mul(mul(high, all(gain)), load(norm + from + kLanes));
+      } else {
+        block_of(in, columns, norm, gain, from, 32, values);
+        low = load(values), high = load(values + kLanes);
+      }
+      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+    }
+  }
+}
 
 }  // namespace
 }  // namespace edgekit

@@ -1,9 +1,11 @@
-// Exact attention over a float16 cache, for the query heads that share one key-value head.
+// Exact attention over the cache, for the query heads that share one key-value head.
 //
 // Two shapes of work. `decode`: one token, lanes run over channels, every key is loaded once for all heads; it leaves
 // partial sums, so that a long cache can be split over threads. `attend`: many tokens, lanes run over query rows
 // (tokens x heads), so that scores, maxima and sums of a row never cross lanes; keys come in blocks, with the running
 // maximum and rescaling of online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+
+#include "attention_int8.inl"
 
 namespace edgekit {
 namespace {
@@ -20,7 +22,7 @@ constexpr int kTogether = Heads == 3 ? 4 : Heads;
 template <int Heads, int Runs>
 void decode_scores(const DecodeTask& t, const float* q, float* scores) {
   const int64_t d = t.head_dim, runs = Runs > 0 ? Runs : d / kLanes, count = t.count;
-  const uint16_t* key = t.keys;
+  const auto* key = static_cast<const uint16_t*>(t.keys.data);
   Floats queries[Heads][Runs > 0 ? Runs : 1];
   for (int h = 0; h < Heads; ++h) {
     for (int r = 0; r < Runs; ++r) queries[h][r] = load(q + h * d + r * kLanes);
@@ -46,7 +48,7 @@ void decode_values(const DecodeTask& t, int64_t first_channel, const float* weig
     for (int r = 0; r < Runs; ++r) acc[h][r] = zeros();
   }
   const int64_t d = t.head_dim, count = t.count;
-  const uint16_t* value = t.values + first_channel;
+  const uint16_t* value = static_cast<const uint16_t*>(t.values.data) + first_channel;
   for (int64_t j = 0; j < count; ++j, value += d) {
     Floats weight[Heads];
     for (int h = 0; h < Heads; ++h) weight[h] = all(weights[j * kTogether<Heads> + h]);
@@ -100,6 +102,7 @@ void decode_heads(const DecodeTask& t, int64_t first_head) {
 }
 
 void decode(const DecodeTask& t) {
+  if (t.keys.scales) return decode_whole(t);
   int64_t h = 0;
   for (; h + kHeadsAtOnce <= t.heads; h += kHeadsAtOnce) decode_heads<kHeadsAtOnce>(t, h);
   switch (t.heads - h) {
@@ -110,9 +113,24 @@ void decode(const DecodeTask& t) {
   }
 }
 
-// One block of keys and values as floats, zeros past `count`.
-void widen_block(const uint16_t* from, int64_t count, int64_t head_dim, float* to) {
-  for (int64_t i = 0; i < count * head_dim; i += kLanes) store(to + i, load_half(from + i));
+// Up to kKeyBlock rows as floats.
+void widen_rows(const Rows& from, int64_t count, int64_t head_dim, float* to) {
+  if (from.scales) {
+    const auto* row = static_cast<const int8_t*>(from.data);
+    float scales[kKeyBlock];
+    for (int64_t j = 0; j < count; j += kLanes) store(scales + j, row_scales(from.scales + j, count - j));
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = j * head_dim; i < (j + 1) * head_dim; i += kLanes) store(to + i, mul(widen(row + i), all(scales[j])));
+    }
+  } else {
+    const auto* halves = static_cast<const uint16_t*>(from.data);
+    for (int64_t i = 0; i < count * head_dim; i += kLanes) store(to + i, load_half(halves + i));
+  }
+}
+
+// One block of keys or values, zeros past `count`.
+void widen_block(const Rows& from, int64_t count, int64_t head_dim, float* to) {
+  widen_rows(from, count, head_dim, to);
   std::memset(to + count * head_dim, 0, (kKeyBlock - count) * head_dim * sizeof(float));
 }
 
@@ -158,6 +176,24 @@ void block_values(const float* weights, const float* values, const float* shrink
   }
 }
 
+// Hides the keys of a block that rows at `position` do not see, and returns each row's largest score, or `top`.
+Floats hide_and_peak(float* scores, Floats position, int64_t from, int64_t window, Floats top) {
+  float first;
+  std::memcpy(&first, &position, sizeof first);
+  const bool hides = static_cast<float>(from + kKeyBlock - 1) > first || window > 0;
+  for (int j = 0; j < kKeyBlock; ++j) {
+    Floats s = load(scores + j * kLanes);
+    if (hides) {
+      const Floats ahead = sub(position, all(static_cast<float>(from + j)));
+      s = fma(min(ahead, zeros()), all(1e30f), s);
+      if (window > 0) s = fma(min(sub(all(static_cast<float>(window - 1)), ahead), zeros()), all(1e30f), s);
+      store(scores + j * kLanes, s);
+    }
+    top = max(top, s);
+  }
+  return top;
+}
+
 // Row r of the work is token r / heads, head r % heads.
 void attend(const AttentionTask& t) {
   const int64_t rows = t.tokens * t.heads, groups = (rows + kLanes - 1) / kLanes, d = t.head_dim;
@@ -184,25 +220,13 @@ void attend(const AttentionTask& t) {
   begin -= begin % kKeyBlock;
   for (int64_t from = begin; from < end; from += kKeyBlock) {
     const int64_t count = end - from < kKeyBlock ? end - from : kKeyBlock;
-    widen_block(t.keys + from * d, count, d, keys);
-    widen_block(t.values + from * d, count, d, values);
+    widen_block(t.keys.from(from, d), count, d, keys);
+    widen_block(t.values.from(from, d), count, d, values);
     for (int64_t g = 0; g < groups; ++g) {
       const Floats at = load(position + g * kLanes);
-      const float first_row = position[g * kLanes];
       if (static_cast<float>(from) > position[g * kLanes + kLanes - 1]) continue;  // all of it lies ahead
       block_scores(q + g * d * kLanes, keys, d, scores);
-      const bool masked = static_cast<float>(from + kKeyBlock - 1) > first_row || t.window > 0;
-      Floats top = load(maxima + g * kLanes);
-      for (int j = 0; j < kKeyBlock; ++j) {
-        Floats s = load(scores + j * kLanes);
-        if (masked) {
-          const Floats ahead = sub(at, all(static_cast<float>(from + j)));
-          s = fma(min(ahead, zeros()), all(1e30f), s);
-          if (t.window > 0) s = fma(min(sub(all(static_cast<float>(t.window - 1)), ahead), zeros()), all(1e30f), s);
-          store(scores + j * kLanes, s);
-        }
-        top = max(top, s);
-      }
+      const Floats top = hide_and_peak(scores, at, from, t.window, load(maxima + g * kLanes));
       const Floats before = load(maxima + g * kLanes), shrink = exponential(sub(before, top));
       Floats total = mul(load(sums + g * kLanes), shrink);
       for (int j = 0; j < kKeyBlock; ++j) {

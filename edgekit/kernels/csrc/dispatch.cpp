@@ -51,10 +51,13 @@ unsigned features() {
   const bool avx512f = b >> 16 & 1, avx512bw = b >> 30 & 1, avx512vnni = c >> 11 & 1;
   if ((saved & kZmm) == kZmm && avx512f && avx512bw && avx512vnni) found |= kHasAvx512;
   constexpr unsigned kTiles = 0x60000;
-  const bool amx = (d >> 24 & 1) && (d >> 25 & 1) && (saved & kTiles) == kTiles;
-  if (amx && may_use_tiles()) found |= kHasAmx;
+  const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (saved & kTiles) == kTiles;
   const bool more = a >= 1;
-  if (more && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)) found |= kHasAvxVnni;
+  if (more && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    if (a >> 4 & 1) found |= kHasAvxVnni;
+    const bool avx512bf16 = a >> 5 & 1;
+    if (amx && avx512bf16 && may_use_tiles()) found |= kHasAmx;
+  }
   return found;
 }
 

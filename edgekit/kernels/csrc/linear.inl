@@ -92,6 +92,9 @@ struct TileScales {
     }
     return zeros();
   }
+  [[gnu::always_inline]] Floats zero(int64_t b) const {
+    return Kind == Offset::kZeroPoint ? widen(zero_points + b * kLanes) : all(static_cast<float>(1 << (Bits - 1)));
+  }
   [[gnu::always_inline]] void fetch(int64_t b) const {
     prefetch(small ? small_scales + b * kLanes : reinterpret_cast<const uint8_t*>(scales + b * kLanes));
     if constexpr (Kind == Offset::kZeroPoint) prefetch(zero_points + b * kLanes);
@@ -224,17 +227,19 @@ struct VectorRows {
   template <int Bits, Offset Kind, int Planes>
   static void of(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
                  int64_t last, uint8_t*) {
-    for (int64_t tile = first; tile < last; ++tile) tile_rows<Bits, Kind, Planes>(w, x, end, y, stride, tile, 0);
+    if constexpr (Planes != 0) {
+      for (int64_t tile = first; tile < last; ++tile) tile_rows<Bits, Kind, Planes>(w, x, end, y, stride, tile, 0);
+    }
   }
 };
 
 template <class Rows, int Bits, Offset Kind>
 void planes_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
                     int64_t last, uint8_t* work) {
-  if (x.planes == 2) {
-    Rows::template of<Bits, Kind, 2>(w, x, end, y, stride, first, last, work);
-  } else {
-    Rows::template of<Bits, Kind, 1>(w, x, end, y, stride, first, last, work);
+  switch (x.planes) {
+    case 2: return Rows::template of<Bits, Kind, 2>(w, x, end, y, stride, first, last, work);
+    case 1: return Rows::template of<Bits, Kind, 1>(w, x, end, y, stride, first, last, work);
+    default: return Rows::template of<Bits, Kind, 0>(w, x, end, y, stride, first, last, work);
   }
 }
 
@@ -281,39 +286,47 @@ void store_planes(const float* values, int count, float inverse, const Activatio
   if (out.planes == 2) out.sums[out.rows * out.blocks + sum_at] = low_sum;
 }
 
+// 1 / RMS of a row.
+float gain_of(const float* row, int64_t columns, float epsilon) {
+  Floats squares = zeros();
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) squares = fma(load(row + i), load(row + i), squares);
+  float total = sum(squares);
+  for (; i < columns; ++i) total += row[i] * row[i];
+  return 1.0f / sqrtf(total / static_cast<float>(columns) + epsilon);
+}
+
+// `block` numbers of a row from `from` on, times gain and norm where there is one, and zeros beyond the row; returns the
+// largest magnitudes.
+Floats block_of(const float* row, int64_t columns, const float* norm, float gain, int64_t from, int block, float* values) {
+  const int64_t count = columns - from < block ? columns - from : block;
+  Floats top = zeros();
+  for (int i = 0; i < block; i += kLanes) {
+    if (i + kLanes <= count) {
+      Floats v = load(row + from + i);
+      if (norm) v = mul(mul(v, all(gain)), load(norm + from + i));
+      store(values + i, v);
+      top = max(top, magnitude(v));
+    } else {
+      for (int j = i; j < i + kLanes; ++j) {
+        values[j] = j < count ? row[from + j] * (norm ? gain * read(norm + from + j) : 1.0f) : 0.0f;
+      }
+      top = max(top, magnitude(load(values + i)));
+    }
+  }
+  return top;
+}
+
 void quantize(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
               int64_t first, int64_t last) {
   float values[128];
   for (int64_t row = first; row < last; ++row) {
     const float* in = x + row * columns;
-    float gain = 1.0f;
-    if (norm) {
-      Floats squares = zeros();
-      int64_t i = 0;
-      for (; i + kLanes <= columns; i += kLanes) squares = fma(load(in + i), load(in + i), squares);
-      float total = sum(squares);
-      for (; i < columns; ++i) total += in[i] * in[i];
-      gain = 1.0f / sqrtf(total / static_cast<float>(columns) + epsilon);
-    }
+    const float gain = norm ? gain_of(in, columns, epsilon) : 1.0f;
     for (int64_t b = 0; b < out.blocks; ++b) {
-      const int64_t from = b * block, count = columns - from < block ? columns - from : block;
-      Floats top = zeros();
-      for (int i = 0; i < block; i += kLanes) {
-        if (i + kLanes <= count) {
-          Floats v = load(in + from + i);
-          if (norm) v = mul(mul(v, all(gain)), load(norm + from + i));
-          store(values + i, v);
-          top = max(top, magnitude(v));
-        } else {
-          for (int j = i; j < i + kLanes; ++j) {
-            values[j] = j < count ? in[from + j] * (norm ? gain * read(norm + from + j) : 1.0f) : 0.0f;
-          }
-          top = max(top, magnitude(load(values + i)));
-        }
-      }
-      const float peak = largest(top);
+      const float peak = largest(block_of(in, columns, norm, gain, b * block, block, values));
       const float most = out.planes == 2 ? kPlane * 127.0f + 126.0f : 127.0f;
-      store_planes(values, block, peak > 0 ? most / peak : 0.0f, out, row * out.width + from, row * out.blocks + b);
+      store_planes(values, block, peak > 0 ? most / peak : 0.0f, out, row * out.width + b * block, row * out.blocks + b);
       out.scales[row * out.blocks + b] = peak / most;
     }
   }

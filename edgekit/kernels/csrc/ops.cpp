@@ -150,10 +150,10 @@ class Linear {
     const int threads = rows == 1 ? g_decode_threads : g_prefill_threads;
     Activations codes{};
     codes.rows = rows;
-    codes.planes = rows <= kFineRows ? 2 : 1;
+    codes.planes = rows <= kFineRows ? 2 : path().many_planes;
     codes.blocks = w_.blocks();
     codes.width = codes.blocks * w_.block;
-    codes.codes = scratch<int8_t, Use::kCodes>(codes.planes * rows * codes.width);
+    codes.codes = scratch<int8_t, Use::kCodes>(activation_codes(codes.planes, rows, codes.width));
     codes.scales = scratch<float, Use::kScales>(rows * codes.blocks);
     codes.sums = scratch<int32_t, Use::kSums>(codes.planes * rows * codes.blocks);
     const size_t cuts = rows < 8 ? 1 : pieces(rows, threads, 8);
@@ -261,16 +261,19 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   using namespace edgekit;
   const OrtApi* api = base->GetApi(ort::kApiVersion);
   if (!api) {
-    // Too old for version 18, but every version since 1 can make a status.
+    // Too old, but every version since 1 can make a status.
     ort::g_api = base->GetApi(1);
-    return ort::status(std::string("edgekit's kernels need onnxruntime 1.18 or newer: this one is ") + base->GetVersionString());
+    return ort::status(std::string("edgekit's kernels need onnxruntime 1.24 or newer: this one is ") + base->GetVersionString());
   }
   ort::g_api = api;
   static const OrtCustomOp ops[] = {ort::make_op<QuantLinear>(),          ort::make_op<NormQuantLinear>(),
                                     ort::make_op<GatedNormQuantLinear>(), ort::make_op<QuantEmbedding>(),
                                     ort::make_op<Attention>(),            ort::make_op<NormAttention>(),
                                     ort::make_op<HadamardSparseAttention>(),
-                                    ort::make_op<NormHadamardSparseAttention>()};
+                                    ort::make_op<NormHadamardSparseAttention>(),
+                                    ort::make_op<AttentionInt8>(),        ort::make_op<NormAttentionInt8>(),
+                                    ort::make_op<HadamardSparseAttentionInt8>(),
+                                    ort::make_op<NormHadamardSparseAttentionInt8>()};
   // One domain for all sessions of the process; onnxruntime keeps a pointer to it.
   static OrtCustomOpDomain* domain = nullptr;
   if (!domain) {

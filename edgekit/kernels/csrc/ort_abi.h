@@ -1,7 +1,7 @@
 // The part of ONNX Runtime's C ABI that this library uses, declared here because no package ships the headers.
 //
 // `OrtApi` is a table of function pointers that only ever grows; a slot never changes its meaning. We ask for version
-// 18, the lowest that has all we call. `OrtCustomOp` only gains members at its end. Functions return null for success.
+// 24, the lowest that has all we call. `OrtCustomOp` only gains members at its end. Functions return null for success.
 #pragma once
 
 #include <cstddef>
@@ -15,10 +15,9 @@ struct OrtCustomOpDomain;
 struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtValue;
-struct OrtTensorTypeAndShapeInfo;
 
 struct OrtApi {
-  void* slots[278];
+  void* slots[415];
 };
 
 struct OrtApiBase {
@@ -59,7 +58,7 @@ struct OrtCustomOp {
 
 namespace edgekit::ort {
 
-constexpr uint32_t kApiVersion = 18;
+constexpr uint32_t kApiVersion = 24;
 
 enum Type : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kHalf = 10 };
 constexpr int kInvalidArgument = 2;
@@ -71,18 +70,14 @@ enum Slot : int {
   CustomOpDomain_Add = 27,
   AddCustomOpDomain = 28,
   GetTensorMutableData = 51,
-  GetTensorElementType = 60,
-  GetDimensionsCount = 61,
-  GetDimensions = 62,
-  GetTensorTypeAndShape = 65,
   KernelInfoGetAttribute_float = 85,
   KernelInfoGetAttribute_int64 = 86,
   KernelContext_GetInput = 90,
   KernelContext_GetOutput = 91,
   ReleaseStatus = 93,
-  ReleaseTensorTypeAndShapeInfo = 99,
   KernelInfoGetConstantInput_tensor = 249,
   KernelContext_ParallelFor = 274,
+  GetTensorElementTypeAndShapeDataReference = 414,
 };
 
 }  // namespace edgekit::ort

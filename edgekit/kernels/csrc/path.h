@@ -52,6 +52,9 @@ struct Matrix {
 
 // Rows of activations as integers: value = scale * q within a block, where q is an 8-bit code (one plane), or
 // kPlane * high + low of two (two planes): 15 bits, for twice the dot products. Sums are of a block's codes.
+//
+// Or as bfloat16 (no plane), on a path with `many_planes` of 0: squares of 16 rows and 32 columns, row by row, the squares
+// of the first 16 rows first. `codes` then holds activation_codes(...) bytes and the others nothing.
 struct Activations {
   int8_t* codes;   // [planes][rows][blocks * block], the high plane first
   float* scales;   // [rows][blocks]
@@ -62,8 +65,19 @@ struct Activations {
   int64_t blocks;
 };
 
-// Eight tiles of weights as bytes, and two floats a row and block.
-constexpr int64_t multiply_scratch(const Activations& x) { return 8 * kLanes * x.width + 8 * x.rows * x.blocks; }
+constexpr int kSquares = 2;  // of 16 rows, multiplied at once
+constexpr int64_t kPanel = 512;  // columns of unpacked weights that stay in the first cache
+
+constexpr int64_t padded_rows(int64_t rows) { return (rows + kSquares * kLanes - 1) / (kSquares * kLanes) * kSquares * kLanes; }
+
+constexpr int64_t activation_codes(int planes, int64_t rows, int64_t width) {
+  return planes ? planes * rows * width : 2 * padded_rows(rows) * width;
+}
+
+// Of two tiles: a panel of weights as bfloat16, and the products of all rows as floats.
+constexpr int64_t multiply_scratch(const Activations& x) {
+  return x.planes ? 0 : 64 + 2 * kLanes * (2 * kPanel + 4 * padded_rows(x.rows));
+}
 
 // What happens to a product before it is stored.
 struct Epilogue {
@@ -72,12 +86,23 @@ struct Epilogue {
   bool gated;             // tiles come in pairs (gate, up); silu(gate) * up is stored
 };
 
+// Keys or values of one key-value head, [positions][head_dim]: float16, or whole numbers of -127..127 that a float16
+// scale a row multiplies.
+struct Rows {
+  const void* data;
+  const uint16_t* scales;  // null: data are float16
+  [[gnu::always_inline]] int64_t bytes(int64_t head_dim) const { return scales ? head_dim : 2 * head_dim; }
+  [[gnu::always_inline]] Rows from(int64_t position, int64_t head_dim) const {
+    return {static_cast<const uint8_t*>(data) + position * bytes(head_dim), scales ? scales + position : nullptr};
+  }
+};
+
 // The query heads of one key-value head, many tokens: see attention.inl. Lengths are in elements.
 struct AttentionTask {
-  const float* q;          // [tokens][q_stride]: rotated queries of the group's heads, heads * head_dim of each row
-  const uint16_t* keys;    // [positions][head_dim] float16
-  const uint16_t* values;  // [positions][head_dim] float16
-  float* out;              // as q
+  const float* q;  // [tokens][q_stride]: rotated queries of the group's heads, heads * head_dim of each row
+  Rows keys;
+  Rows values;
+  float* out;      // as q
   int64_t q_stride;
   int64_t tokens;
   int64_t heads;
@@ -90,14 +115,14 @@ struct AttentionTask {
 
 constexpr int64_t attention_scratch(int64_t tokens, int64_t heads, int64_t head_dim) {
   const int64_t rows = (tokens * heads + kLanes - 1) / kLanes * kLanes;
-  return 2 * 64 * head_dim + 64 * kLanes + rows * (2 * head_dim + 3);
+  return 2 * 64 * head_dim + 2 * 64 * kLanes + rows * (2 * head_dim + 3) + kLanes;
 }
 
 // The same for one token and a stretch of the cache; leaves sums that several stretches can be joined from.
 struct DecodeTask {
-  const float* q;          // [heads][head_dim], rotated
-  const uint16_t* keys;    // [count][head_dim] float16
-  const uint16_t* values;
+  const float* q;  // [heads][head_dim], rotated
+  Rows keys;       // [count]
+  Rows values;
   int64_t count;
   int64_t count_padded;  // the next multiple of 16
   int64_t heads;
@@ -111,6 +136,8 @@ struct DecodeTask {
 
 constexpr int64_t kPageTokens = 16;    // positions that share a mean value
 constexpr int64_t kBlockTokens = 256;  // positions whose codes stand together
+// A block's mean values: 16 rows of whole numbers, as in `Rows`, and then their scales.
+constexpr int64_t mean_bytes(int64_t head_dim) { return kLanes * (head_dim + 2); }
 
 // How keys of one key-value head become codes, and queries integers: see sparse.inl.
 struct KeyCoder {
@@ -130,7 +157,7 @@ struct SparseTask {
   const float* factors;     // [heads]
   const float* constants;   // [heads]
   const uint8_t* codes;     // [blocks][16][4 * head_dim]
-  const uint16_t* means;    // [pages][head_dim] float16
+  const uint8_t* means;     // [blocks][mean_bytes]
   int64_t heads;
   int64_t head_dim;
   int64_t channels;
@@ -167,6 +194,8 @@ struct SparseChoice {
 
 struct Path {
   const char* name;
+  // In how many planes it wants many rows of activations: 1, or 0 for bfloat16.
+  int many_planes;
   // Quantise rows of x [rows][columns], after RMSNorm with `norm` where it is not null.
   void (*quantize)(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
                    int64_t first, int64_t last);
@@ -186,10 +215,13 @@ struct Path {
   void (*estimate)(const SparseTask& task);
   void (*select)(const SparseTask& task, const SparseChoice& choice);
   void (*weigh)(const SparseTask& task);
-  // The mean of `count` rows; and out[h] += sum_i weights[h][i] * rows[at[i]], with `stride` weights a head.
-  void (*mean)(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out);
-  void (*gather)(const uint16_t* rows, const int32_t* at, int64_t count, int64_t heads, const float* weights,
-                 int64_t stride, int64_t head_dim, float* out);
+  // The mean of `count` rows, as page `page` of a block's means; and out[h] += sum_i weights[h][i] * rows[at[i]], with
+  // `stride` weights a head.
+  void (*mean)(const Rows& rows, int64_t count, int64_t head_dim, int64_t page, uint8_t* means);
+  void (*gather)(const Rows& rows, const int32_t* at, int64_t count, int64_t heads, const float* weights, int64_t stride,
+                 int64_t head_dim, float* out);
+  // A row as whole numbers of -127..127; returns their scale.
+  uint16_t (*round_row)(const float* x, int64_t count, int8_t* codes);
   // See peak.inl.
   int64_t (*near_peak)(const float* x, int64_t count, float peak, float factor, float floor, int32_t* indices,
                        float* weights, double* total);

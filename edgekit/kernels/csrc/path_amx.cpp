@@ -5,18 +5,19 @@
 
 #include "path.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AMX_INT8__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 
 #include "vec_avx512.h"
 #include "linear.inl"
 #include "amx.inl"
 #include "attention.inl"
+#include "amx_attention.inl"
 #include "sparse.inl"
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"amx", quantize, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
+constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit
 

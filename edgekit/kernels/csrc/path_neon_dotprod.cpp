@@ -14,8 +14,8 @@
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"neon_dotprod", quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
+constexpr Path kPath{"neon_dotprod", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
 extern const Path* const kNeonDotprod = &kPath;
 }  // namespace edgekit
 

@@ -11,7 +11,7 @@
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"portable", quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, near_peak};
+constexpr Path kPath{"portable", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
 extern const Path* const kPortable = &kPath;
 }  // namespace edgekit

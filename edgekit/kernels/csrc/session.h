@@ -1,6 +1,7 @@
 // ONNX Runtime's C functions as C++: tensors that know their shape, failures that become statuses, parallel loops.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
@@ -67,16 +68,10 @@ struct Tensor {
 inline Tensor describe(const OrtValue* value, const char* name) {
   Tensor tensor;
   if (!value) return tensor;
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  check(call<OrtStatus*>(GetTensorTypeAndShape, value, &info), name);
-  call<OrtStatus*>(GetTensorElementType, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &tensor.type);
-  call<OrtStatus*>(GetDimensionsCount, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &tensor.rank);
-  const bool fits = tensor.rank <= 6;
-  if (fits) {
-    call<OrtStatus*>(GetDimensions, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &tensor.dims[0], tensor.rank);
-  }
-  call<void>(ReleaseTensorTypeAndShapeInfo, info);
-  if (!fits) fail("%s must have at most 6 dimensions: got %zu", name, tensor.rank);
+  const int64_t* dims = nullptr;  // the value's own
+  check(call<OrtStatus*>(GetTensorElementTypeAndShapeDataReference, value, &tensor.type, &dims, &tensor.rank), name);
+  if (tensor.rank > 6) fail("%s must have at most 6 dimensions: got %zu", name, tensor.rank);
+  std::copy(dims, dims + tensor.rank, tensor.dims);
   check(call<OrtStatus*>(GetTensorMutableData, const_cast<OrtValue*>(value), &tensor.data), name);
   static int64_t empty;
   if (!tensor.data) tensor.data = &empty;  // an empty tensor is present all the same

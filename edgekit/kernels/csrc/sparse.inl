@@ -253,12 +253,12 @@ void select(const SparseTask& t, const SparseChoice& c) {
 
 // The heads' tails: means of a block's pages times their shares.
 template <int Heads>
-void add_means(const SparseTask& t, int64_t head, const uint16_t* means) {
+void add_means(const SparseTask& t, int64_t head, const int8_t* means) {
   for (int64_t i = 0; i < t.head_dim; i += kLanes) {
     Floats acc[Heads];
     for (int h = 0; h < Heads; ++h) acc[h] = load(t.out + (head + h) * t.head_dim + i);
     for (int64_t l = 0; l < kLanes; ++l) {
-      const Floats mean = load_half(means + l * t.head_dim + i);
+      const Floats mean = widen(means + l * t.head_dim + i);
       for (int h = 0; h < Heads; ++h) acc[h] = fma(all(t.pages[(head + h) * kLanes + l]), mean, acc[h]);
     }
     for (int h = 0; h < Heads; ++h) store(t.out + (head + h) * t.head_dim + i, acc[h]);
@@ -271,6 +271,10 @@ void weigh(const SparseTask& t) {
   std::memset(t.out, 0, sizeof(float) * t.heads * d);
   for (int64_t h = 0; h < t.heads; ++h) t.totals[h] = 0.0f;
   for (int64_t b = t.first_block; b < t.last_block; ++b) {
+    const uint8_t* means = t.means + b * mean_bytes(d);
+    uint16_t halves[kLanes];
+    std::memcpy(halves, means + kLanes * d, sizeof halves);
+    const Floats scales = load_half(halves);
     for (int64_t h = 0; h < t.heads; ++h) {
       const float* block = t.weights + h * t.stride + b * kBlockTokens;
       Floats even = load(block), odd = load(block + kLanes);
@@ -280,46 +284,73 @@ void weigh(const SparseTask& t) {
       }
       const Floats pages = mul(add(even, odd), all(t.gains[h * t.blocks + b]));
       t.totals[h] += sum(pages);
-      store(t.pages + h * kLanes, pages);
+      store(t.pages + h * kLanes, mul(pages, scales));
     }
-    const uint16_t* means = t.means + b * kLanes * d;
+    const auto* rows = reinterpret_cast<const int8_t*>(means);
     int64_t h = 0;
-    for (; h + 3 <= t.heads; h += 3) add_means<3>(t, h, means);
-    for (; h < t.heads; ++h) add_means<1>(t, h, means);
+    for (; h + 3 <= t.heads; h += 3) add_means<3>(t, h, rows);
+    for (; h < t.heads; ++h) add_means<1>(t, h, rows);
   }
 }
 
-void mean(const uint16_t* rows, int64_t count, int64_t head_dim, uint16_t* out) {
+void mean(const Rows& rows, int64_t count, int64_t head_dim, int64_t page, uint8_t* means) {
+  float values[kPageTokens * kMostChannels];
   const Floats share = all(1.0f / static_cast<float>(count));
+  widen_rows(rows, count, head_dim, values);
   for (int64_t i = 0; i < head_dim; i += kLanes) {
     Floats total = zeros();
-    for (int64_t j = 0; j < count; ++j) total = add(total, load_half(rows + j * head_dim + i));
-    store_half(out + i, mul(total, share));
+    for (int64_t j = 0; j < count; ++j) total = add(total, load(values + j * head_dim + i));
+    store(values + i, mul(total, share));
   }
+  const uint16_t scale = round_row(values, head_dim, reinterpret_cast<int8_t*>(means) + page * head_dim);
+  std::memcpy(means + kLanes * head_dim + page * sizeof scale, &scale, sizeof scale);
 }
 
-template <int Heads>
-void gather_heads(const uint16_t* rows, const int32_t* at, int64_t count, const float* weights, int64_t stride,
+inline Floats widen(const uint16_t* p) { return load_half(p); }
+
+template <int Heads, class Row>
+void gather_heads(const Row* rows, const int32_t* at, int64_t count, const float* weights, int64_t stride,
                   int64_t head_dim, float* out) {
   for (int64_t c = 0; c < head_dim; c += kLanes) {
     Floats acc[Heads];
     for (int h = 0; h < Heads; ++h) acc[h] = load(out + h * head_dim + c);
     for (int64_t i = 0; i < count; ++i) {
       if (c == 0 && i + 8 < count) prefetch(rows + at[i + 8] * head_dim);
-      const Floats row = load_half(rows + at[i] * head_dim + c);
+      const Floats row = widen(rows + at[i] * head_dim + c);
       for (int h = 0; h < Heads; ++h) acc[h] = fma(all(weights[h * stride + i]), row, acc[h]);
     }
     for (int h = 0; h < Heads; ++h) store(out + h * head_dim + c, acc[h]);
   }
 }
 
-void gather(const uint16_t* rows, const int32_t* at, int64_t count, int64_t heads, const float* weights, int64_t stride,
+// Rows of whole numbers, 64 at a time: their scales go into the weights.
+template <int Heads>
+void gather_whole(const Rows& rows, const int32_t* at, int64_t count, const float* weights, int64_t stride,
+                  int64_t head_dim, float* out) {
+  constexpr int64_t kMost = 64;
+  for (int64_t first = 0; first < count; first += kMost, at += kMost, weights += kMost) {
+    const int64_t some = count - first < kMost ? count - first : kMost;
+    uint16_t scales[kMost] = {};
+    float scaled[Heads * kMost] = {};
+    for (int64_t i = 0; i < some; ++i) scales[i] = rows.scales[at[i]];
+    for (int h = 0; h < Heads; ++h) std::memcpy(scaled + h * kMost, weights + h * stride, static_cast<size_t>(some) * sizeof(float));
+    for (int64_t i = 0; i < Heads * kMost; i += kLanes) store(scaled + i, mul(load(scaled + i), load_half(scales + i % kMost)));
+    gather_heads<Heads>(static_cast<const int8_t*>(rows.data), at, some, scaled, kMost, head_dim, out);
+  }
+}
+
+template <int Heads>
+void gather_some(const Rows& rows, const int32_t* at, int64_t count, const float* weights, int64_t stride, int64_t head_dim,
+                 float* out) {
+  if (rows.scales) return gather_whole<Heads>(rows, at, count, weights, stride, head_dim, out);
+  gather_heads<Heads>(static_cast<const uint16_t*>(rows.data), at, count, weights, stride, head_dim, out);
+}
+
+void gather(const Rows& rows, const int32_t* at, int64_t count, int64_t heads, const float* weights, int64_t stride,
             int64_t head_dim, float* out) {
   int64_t h = 0;
-  for (; h + 3 <= heads; h += 3) {
-    gather_heads<3>(rows, at, count, weights + h * stride, stride, head_dim, out + h * head_dim);
-  }
-  for (; h < heads; ++h) gather_heads<1>(rows, at, count, weights + h * stride, stride, head_dim, out + h * head_dim);
+  for (; h + 3 <= heads; h += 3) gather_some<3>(rows, at, count, weights + h * stride, stride, head_dim, out + h * head_dim);
+  for (; h < heads; ++h) gather_some<1>(rows, at, count, weights + h * stride, stride, head_dim, out + h * head_dim);
 }
 
 }  // namespace

@@ -135,6 +135,27 @@ inline Bytes quarter(Bytes b) {
   return {_mm256_and_si256(_mm256_srli_epi16(b.lo, 2 * Part), mask), _mm256_and_si256(_mm256_srli_epi16(b.hi, 2 * Part), mask)};
 }
 
+inline void turn8(const uint8_t* p, int64_t stride, __m256i (&y)[4]) {
+  __m256i rows[4];
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(p + (i + 4) * stride),
+                                  reinterpret_cast<const __m128i*>(p + i * stride));
+  }
+  const __m256i a = _mm256_unpacklo_epi32(rows[0], rows[1]), b = _mm256_unpackhi_epi32(rows[0], rows[1]);
+  const __m256i c = _mm256_unpacklo_epi32(rows[2], rows[3]), d = _mm256_unpackhi_epi32(rows[2], rows[3]);
+  y[0] = _mm256_unpacklo_epi64(a, c);
+  y[1] = _mm256_unpackhi_epi64(a, c);
+  y[2] = _mm256_unpacklo_epi64(b, d);
+  y[3] = _mm256_unpackhi_epi64(b, d);
+}
+// Sixteen rows of 16 bytes, `stride` bytes apart, turned: y[k] holds bytes 4k to 4k + 3 of every row.
+inline void turn(const uint8_t* p, int64_t stride, Bytes (&y)[4]) {
+  __m256i lo[4], hi[4];
+  turn8(p, stride, lo);
+  turn8(p + 8 * stride, stride, hi);
+  for (int k = 0; k < 4; ++k) y[k] = {lo[k], hi[k]};
+}
+
 inline __m256i four_times_eight(const int8_t* x) {  // 4 bytes, the same for 8 lanes
   int32_t four;
   std::memcpy(&four, x, 4);
@@ -145,6 +166,10 @@ inline __m256i four_times_eight(const int8_t* x) {  // 4 bytes, the same for 8 l
 
 constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
 inline Bytes wide(Bytes b) { return b; }
+inline Bytes signed_wide(Bytes b) {  // signed bytes in the form that `dot` wants
+  const __m256i sign = _mm256_set1_epi8(-128);
+  return {_mm256_xor_si256(b.lo, sign), _mm256_xor_si256(b.hi, sign)};
+}
 
 template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
@@ -163,6 +188,7 @@ inline Bytes wide(Bytes b) {
   const __m256i sign = _mm256_set1_epi8(-128);
   return {_mm256_xor_si256(b.lo, sign), _mm256_xor_si256(b.hi, sign)};
 }
+inline Bytes signed_wide(Bytes b) { return b; }
 
 // vpmaddubsw adds two products in 16 bits. Codes of up to 4 bits: eight such sums stay within 8 * 2 * 15 * 127 = 30480;
 // of 5 bits, four within 4 * 2 * 31 * 127 = 31496; of 6 bits, two within 2 * 2 * 63 * 127 = 32004. Codes of 8 bits: the

@@ -97,6 +97,25 @@ inline Bytes quarter(Bytes b) {
 }
 inline Bytes wide(Bytes b) { return b; }  // 8-bit codes in the form that `dot` wants
 
+// Signed bytes in the form that `dot` wants.
+inline Bytes signed_wide(Bytes b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(-128))}; }
+
+// Sixteen rows of 16 bytes, `stride` bytes apart, turned: y[k] holds bytes 4k to 4k + 3 of every row.
+inline void turn(const uint8_t* p, int64_t stride, Bytes (&y)[4]) {
+  __m512i rows[4];  // rows[i] holds rows i, i + 4, i + 8 and i + 12
+  for (int i = 0; i < 4; ++i) {
+    const auto row = [&](int at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + (i + at) * stride)); };
+    rows[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(4), 1);
+    rows[i] = _mm512_inserti32x4(_mm512_inserti32x4(rows[i], row(8), 2), row(12), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  y[0].v = _mm512_unpacklo_epi64(a, c);
+  y[1].v = _mm512_unpackhi_epi64(a, c);
+  y[2].v = _mm512_unpacklo_epi64(b, d);
+  y[3].v = _mm512_unpackhi_epi64(b, d);
+}
+
 // acc + the sum over a lane's 4 * Runs codes times x, 32 or 16. codes[k] holds columns 4k to 4k + 3 of every lane.
 template <int Bits, int Runs = 8>
 inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {

@@ -169,10 +169,28 @@ inline Bytes quarter(Bytes b) {
   return b;
 }
 
+// Sixteen rows of 16 bytes, `stride` bytes apart, turned: y[k] holds bytes 4k to 4k + 3 of every row.
+inline void turn(const uint8_t* p, int64_t stride, Bytes (&y)[4]) {
+  for (int i = 0; i < 4; ++i, p += 4 * stride) {
+    const uint32x4_t a = vreinterpretq_u32_u8(vld1q_u8(p)), b = vreinterpretq_u32_u8(vld1q_u8(p + stride));
+    const uint32x4_t c = vreinterpretq_u32_u8(vld1q_u8(p + 2 * stride)), d = vreinterpretq_u32_u8(vld1q_u8(p + 3 * stride));
+    const uint64x2_t even_ab = vreinterpretq_u64_u32(vtrn1q_u32(a, b)), odd_ab = vreinterpretq_u64_u32(vtrn2q_u32(a, b));
+    const uint64x2_t even_cd = vreinterpretq_u64_u32(vtrn1q_u32(c, d)), odd_cd = vreinterpretq_u64_u32(vtrn2q_u32(c, d));
+    y[0].v[i] = vreinterpretq_u8_u64(vzip1q_u64(even_ab, even_cd));
+    y[1].v[i] = vreinterpretq_u8_u64(vzip1q_u64(odd_ab, odd_cd));
+    y[2].v[i] = vreinterpretq_u8_u64(vzip2q_u64(even_ab, even_cd));
+    y[3].v[i] = vreinterpretq_u8_u64(vzip2q_u64(odd_ab, odd_cd));
+  }
+}
+
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
 constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
 inline Bytes wide(Bytes b) { return b; }
+inline Bytes signed_wide(Bytes b) {  // signed bytes in the form that `dot` wants
+  for (uint8x16_t& bytes : b.v) bytes = veorq_u8(bytes, vdupq_n_u8(128));
+  return b;
+}
 
 template <int Run>
 inline int32x4_t dot_run(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
@@ -186,6 +204,7 @@ inline Bytes wide(Bytes b) {
   for (uint8x16_t& bytes : b.v) bytes = veorq_u8(bytes, vdupq_n_u8(128));
   return b;
 }
+inline Bytes signed_wide(Bytes b) { return b; }
 
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int Run>

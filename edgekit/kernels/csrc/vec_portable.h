@@ -211,6 +211,20 @@ inline Bytes wide(Bytes b) {
   return b;
 }
 
+// Signed bytes in the form that `dot` wants.
+inline Bytes signed_wide(Bytes b) {
+  for (Short8& eight : b.v) eight = (eight ^ 128) - 128;
+  return b;
+}
+// Sixteen rows of 16 bytes, `stride` bytes apart, turned: y[k] holds bytes 4k to 4k + 3 of every row.
+inline void turn(const uint8_t* p, int64_t stride, Bytes (&y)[4]) {
+  for (int k = 0; k < 4; ++k) {
+    uint8_t bytes[64];
+    for (int i = 0; i < 16; ++i) std::memcpy(bytes + 4 * i, p + i * stride + 4 * k, 4);
+    y[k] = load_bytes(bytes);
+  }
+}
+
 // The sums of neighbours.
 inline Int4 pairs(Short8 a) {
   const Int4 both = bits_as<Int4>(a);

@@ -13,7 +13,7 @@ inline int g_decode_threads = 1, g_prefill_threads = 1;
 // What scratch memory is for; pieces for different uses may be held at the same time.
 enum class Use {
   kCodes, kScales, kSums, kQueries, kPartials, kScores, kDistances, kNear, kPlaces, kFound, kTails, kPositions, kGathered,
-  kChosen, kHighest, kWholes, kPages, kLeft, kUnpacked
+  kChosen, kHighest, kWholes, kPages, kLeft, kUnpacked, kRowScales
 };
 
 // Memory of one thread that grows and stays, so that no step allocates.

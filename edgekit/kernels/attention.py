@@ -1,0 +1,255 @@
+"""The attention operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable.
+
+The cache of one layer is its arrays in the operators' order: keys and values (1, kv_heads, S, head_dim), and where
+these have 8 bits, their scales (1, 2 kv_heads, S), the keys' first. A row x of head_dim numbers with p = max |x| is
+
+    s = float16(p / 127),    codes = clamp(rint(x / s), -127, 127),    zeros where s is 0,    and counts as s * codes.
+
+Keys are rounded as they were turned. A row with something that is not a number has a scale that is none. One token's
+queries then have 15 bits (`reference.rounded`, a head as one block), so that their products are of whole numbers.
+Arguments are the operators' inputs in the table's order and their attributes by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.kernels import sparse
+from edgekit.kernels.reference import STEPS, rms_norm, round_rows, rounded
+from edgekit.weight import Bytes, Floats, Halves, SignedBytes
+
+Doubles = NDArray[np.float64]
+Array = NDArray[Any]
+
+
+def attention(
+    qkv: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """Causal attention of T tokens, the last of them at index `last`, over a cache of S places.
+
+    qkv: (1, T, (num_heads + 2 kv_num_heads) head_dim), the heads of q, then k, then v. past_*: (1, kv_num_heads, S,
+    head_dim). cos, sin: (places, head_dim / 2), a row for each position. local_window_size: a token sees that many, the
+    last of which is itself; -1: all before it.
+
+    Returns y (1, T, num_heads * head_dim), present_key and present_value, which are the past with rotated keys and
+    values of the T tokens written in, rounded to float16. Places past `last` are not read, and what they hold
+    afterwards is undefined.
+    """
+    return _dense(qkv, (past_key, past_value), last, cos, sin, **attributes)
+
+
+def norm_attention(
+    qkv: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    q_norm: Floats,
+    k_norm: Floats,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`attention` after RMSNorm of each head of q and k: norms (head_dim,)."""
+    return _dense(qkv, (past_key, past_value), last, cos, sin, norms=(q_norm, k_norm), **attributes)
+
+
+def attention_int8(
+    qkv: Floats,
+    past_key: SignedBytes,
+    past_value: SignedBytes,
+    past_scales: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`attention` over a cache in 8 bits; also returns present_scales."""
+    return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, **attributes)
+
+
+def norm_attention_int8(
+    qkv: Floats,
+    past_key: SignedBytes,
+    past_value: SignedBytes,
+    past_scales: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    q_norm: Floats,
+    k_norm: Floats,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`norm_attention` over a cache in 8 bits; also returns present_scales."""
+    return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, norms=(q_norm, k_norm), **attributes)
+
+
+def hadamard_sparse_attention(
+    qkv: Floats,
+    past_key: Halves,
+    past_value: Halves,
+    past_codes: Bytes,
+    past_means: Bytes,
+    *calibrated: Array,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`attention` for several tokens; for one token at a length above `dense_below` and `budget`, `sparse.attend`.
+
+    past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, bytes) summarise the cache in the layout of
+    `edgekit.kernels.sparse`. `calibrated` are last, cos, sin, center, encoder, decoder and budget: center
+    (kv_num_heads, head_dim), encoder and decoder (kv_num_heads, head_dim, coded channels) each, which is transposed.
+    """
+    return _sparse(qkv, (past_key, past_value), (past_codes, past_means), *calibrated, **attributes)
+
+
+def hadamard_sparse_attention_int8(
+    qkv: Floats,
+    past_key: SignedBytes,
+    past_value: SignedBytes,
+    past_scales: Halves,
+    past_codes: Bytes,
+    past_means: Bytes,
+    *calibrated: Array,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`hadamard_sparse_attention` over a cache in 8 bits; codes are of the keys as they were before."""
+    return _sparse(qkv, (past_key, past_value, past_scales), (past_codes, past_means), *calibrated, **attributes)
+
+
+# --- what they are made of --------------------------------------------------------------------------------------------
+
+
+def rotated(x: Floats, cos: Floats, sin: Floats) -> Floats:
+    """x (heads, T, head_dim) with each pair of channels (i, i + head_dim / 2) turned; cos, sin: (T, head_dim / 2)."""
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def read_cache(cache: Sequence[Array], total: int) -> tuple[Doubles, Doubles]:
+    """Keys and values of the first `total` positions as they count, (kv_heads, total, head_dim) each."""
+    rows = [part[0, :, :total].astype(np.float64) for part in cache[:2]]
+    if len(cache) == 2:
+        return rows[0], rows[1]
+    scales = np.split(cache[2][0, :, :total, None].astype(np.float64), 2)
+    return rows[0] * scales[0], rows[1] * scales[1]
+
+
+def asked(q: Floats, cache: Sequence[Array]) -> Doubles:
+    """Queries (heads, T, head_dim) as they meet the cache's keys."""
+    whole = len(cache) == 3 and q.shape[1] == 1
+    return rounded(q, q.shape[2], STEPS["int16"]) if whole else q.astype(np.float64)
+
+
+def append(cache: Sequence[Array], keys: Floats, values: Floats, first: int) -> tuple[Array, ...]:
+    """The cache with rotated keys and values (kv_heads, T, head_dim) at positions from `first` on."""
+    present = tuple(part.copy() for part in cache)
+    span = slice(first, first + keys.shape[1])
+    if len(cache) == 2:
+        present[0][0, :, span], present[1][0, :, span] = keys, values
+        return present
+    (key_codes, key_scales), (value_codes, value_scales) = round_rows(keys), round_rows(values)
+    present[0][0, :, span], present[1][0, :, span] = key_codes, value_codes
+    present[2][0, :, span] = np.concatenate([key_scales, value_scales])
+    return present
+
+
+def _heads(qkv: Floats, num_heads: int, kv_num_heads: int, head_dim: int) -> tuple[Floats, Floats, Floats]:
+    """q, k and v of (1, T, heads * head_dim), (heads, T, head_dim) each."""
+    heads = qkv[0].reshape(qkv.shape[1], qkv.shape[2] // head_dim, head_dim).swapaxes(0, 1)
+    q, k, v = np.split(heads, [num_heads, num_heads + kv_num_heads])
+    return q, k, v
+
+
+def _dense(
+    qkv: Floats,
+    cache: Sequence[Array],
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    head_dim: int,
+    local_window_size: int,
+    epsilon: float = 0.0,
+    norms: tuple[Floats, Floats] | None = None,
+) -> tuple[Array, ...]:
+    q, k, v = _heads(qkv, num_heads, kv_num_heads, head_dim)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], epsilon), rms_norm(k, norms[1], epsilon)
+    tokens, total = q.shape[1], int(last.reshape(())) + 1
+    position = np.arange(total - tokens, total)
+    q, k = rotated(q, cos[position], sin[position]), rotated(k, cos[position], sin[position])
+    present = append(cache, k, v, total - tokens)
+    keys, values = (part.repeat(len(q) // len(k), axis=0) for part in read_cache(present, total))
+    scores = asked(q, cache) @ keys.swapaxes(1, 2) / np.sqrt(head_dim)
+    distance = position[:, None] - np.arange(total)
+    scores[:, (distance < 0) | (distance >= (local_window_size if local_window_size > 0 else total))] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = (weights / weights.sum(-1, keepdims=True)) @ values  # (heads, T, head_dim)
+    return y.swapaxes(0, 1).reshape(1, tokens, len(q) * head_dim).astype(np.float32), *present
+
+
+def _sparse(
+    qkv: Floats,
+    cache: Sequence[Array],
+    summaries: Sequence[Bytes],
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    center: Floats,
+    encoder: Floats,
+    decoder: Floats,
+    budget: NDArray[np.int32],
+    *,
+    sinks: int,
+    recent: int,
+    followers: int,
+    dense_below: int,
+    **sizes: Any,
+) -> tuple[Array, ...]:
+    y, *present = _dense(qkv, cache, last, cos, sin, **sizes)
+    kv_heads, head_dim = sizes["kv_num_heads"], sizes["head_dim"]
+    tokens, total, positions = qkv.shape[1], int(last.reshape(())) + 1, int(budget.reshape(()))
+    place = np.arange(total - tokens, total)
+    q, k, _ = _heads(qkv, sizes["num_heads"], kv_heads, head_dim)
+    q, k = rotated(q, cos[place], sin[place]), rotated(k, cos[place], sin[place])
+    keys, values = (part.astype(np.float32) for part in read_cache(present, total))
+    codes, means = (part.copy() for part in summaries)
+    center = center.reshape(kv_heads, head_dim)
+    shape = (kv_heads, head_dim, sparse.coded_channels(head_dim))
+    encoder, decoder = encoder.reshape(shape), decoder.reshape(shape)
+    for head in range(kv_heads):
+        coded = sparse.encode(k[head], center[head], encoder[head].T)
+        sparse.store(codes[0, head], coded, total - tokens, head_dim=head_dim)
+        sparse.average(means[0, head], values[head], total - tokens)
+    if tokens == 1 and total > max(dense_below, positions):
+        queries, near = (np.split(x[:, 0], kv_heads) for x in (q, asked(q, cache)))
+        found = [
+            sparse.attend(
+                queries[head],
+                near[head],
+                keys[head],
+                values[head],
+                sparse.load(codes[0, head], total, head_dim=head_dim),
+                sparse.load_means(means[0, head], head_dim),
+                center[head],
+                decoder[head].T,
+                budget=positions,
+                sinks=sinks,
+                recent=recent,
+                followers=followers,
+            )
+            for head in range(kv_heads)
+        ]
+        y = np.concatenate(found).reshape(1, 1, -1)
+    return y, *present, codes, means

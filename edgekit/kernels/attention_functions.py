@@ -1,0 +1,149 @@
+"""The attention operators as ONNX functions: `edgekit.kernels.functions` puts them together.
+
+They are onnxruntime's GroupQueryAttention over a float16 cache; one in 8 bits is made float16 for each step, all of it.
+Sparse attention is exact here.
+"""
+
+from __future__ import annotations
+
+_HEADS = """
+  num_heads = Constant <value_int: int = @num_heads> ()
+  kv_num_heads = Constant <value_int: int = @kv_num_heads> ()
+  head_dim = Constant <value_int: int = @head_dim> ()
+  width = Unsqueeze (head_dim, zero)
+  q_width = Mul (num_heads, width)
+  kv_width = Mul (kv_num_heads, width)
+"""
+
+_PLAIN_HEADS = """
+  qk_width = Add (q_width, kv_width)
+  widths = Concat <axis = 0> (qk_width, kv_width)
+  qk, v = Split <axis = 2> (qkv, widths)
+"""
+
+_SPLIT_HEADS = """
+  widths = Concat <axis = 0> (q_width, kv_width, kv_width)
+  q, k, v = Split <axis = 2> (qkv, widths)
+  heads_shape = Concat <axis = 0> (zero, zero, rest, width)
+  q_heads = Reshape (q, heads_shape)
+  k_heads = Reshape (k, heads_shape)
+"""
+
+_JOINED_HEADS = """
+  flat_shape = Constant <value_ints = [0, 0, -1]> ()
+  q_flat = Reshape (q_normed, flat_shape)
+  k_flat = Reshape (k_normed, flat_shape)
+  qk = Concat <axis = 2> (q_flat, k_flat)
+"""
+
+# What all attention begins with. Turned in float32 and then rounded, keys get the very bits that the native kernel
+# writes: a cache fits both.
+_TURNED = """
+  next = Constant <value = int32[1] {1}> ()
+  total = Add (last, next)
+  total_long = Cast <to = 7> (total)
+  tokens = Shape <start = 1, end = 2> (qkv)
+  position = Sub (total_long, tokens)
+  turned = com.microsoft.RotaryEmbedding (qk, position, cos, sin)
+"""
+
+_GROUPED = """
+  mixed, KEY, VALUE = com.microsoft.GroupQueryAttention <
+    num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, local_window_size: int = @local_window_size
+  > (halves, , , PAST_KEY, PAST_VALUE, last, total)
+  y = Cast <to = 1> (mixed)
+"""
+
+_ATTENTION = (
+    (
+        _TURNED
+        + """
+  joined = Concat <axis = 2> (turned, v)
+  halves = Cast <to = 10> (joined)
+"""
+        + _GROUPED.replace("PAST_KEY", "past_key").replace("PAST_VALUE", "past_value")
+    )
+    .replace("KEY", "present_key")
+    .replace("VALUE", "present_value")
+)
+
+# The new rows are rounded and written into the cache, which is made float16 for onnxruntime's operator: all of it, for
+# every token. That operator writes the new rows once more, where they are.
+_ATTENTION_INT8 = (
+    (
+        _TURNED
+        + """
+  turned_widths = Concat <axis = 0> (q_width, kv_width)
+  q_turned, k_turned = Split <axis = 2> (turned, turned_widths)
+  new_flat = Concat <axis = 2> (k_turned, v)
+  rows_shape = Concat <axis = 0> (zero, zero, rest, width)
+  new_rows = Reshape (new_flat, rows_shape)
+  rows = Transpose <perm = [0, 2, 1, 3]> (new_rows)
+  most = Constant <value_float = 127.0> ()
+  least = Constant <value_float = -127.0> ()
+  nothing = Constant <value_float = 0.0> ()
+  sizes = Abs (rows)
+  peaks = ReduceMax (sizes, rest)
+  exact_steps = Div (peaks, most)
+  step_halves = Cast <to = 10> (exact_steps)
+  steps = Cast <to = 1> (step_halves)
+  has_step = Greater (steps, nothing)
+  inverse_steps = Reciprocal (steps)
+  factors = Where (has_step, inverse_steps, nothing)
+  scaled = Mul (rows, factors)
+  whole = Round (scaled)
+  clipped = Clip (whole, least, most)
+  codes = Cast <to = 3> (clipped)
+  new_key, new_value = Split <axis = 1, num_outputs = 2> (codes)
+  new_scales = Squeeze (step_halves, rest)
+  first_place = Squeeze (position)
+  end_place = Squeeze (total_long)
+  one_place = Squeeze (one)
+  places = Range (first_place, end_place, one_place)
+  places_column = Unsqueeze (places, rest)
+  key_shape = Shape (new_key)
+  scales_shape = Shape (new_scales)
+  row_places = Expand (places_column, key_shape)
+  scale_places = Expand (places, scales_shape)
+  present_key = ScatterElements <axis = 2> (past_key, row_places, new_key)
+  present_value = ScatterElements <axis = 2> (past_value, row_places, new_value)
+  present_scales = ScatterElements <axis = 2> (past_scales, scale_places, new_scales)
+  all_codes = Concat <axis = 1> (present_key, present_value)
+  all_floats = Cast <to = 1> (all_codes)
+  all_scales = Cast <to = 1> (present_scales)
+  scale_columns = Unsqueeze (all_scales, rest)
+  all_rows = Mul (all_floats, scale_columns)
+  all_halves = Cast <to = 10> (all_rows)
+  half_key, half_value = Split <axis = 1, num_outputs = 2> (all_halves)
+  rounded = Mul (clipped, steps)
+  rounded_rows = Transpose <perm = [0, 2, 1, 3]> (rounded)
+  flat_rows_shape = Constant <value_ints = [0, 0, -1]> ()
+  rounded_flat = Reshape (rounded_rows, flat_rows_shape)
+  joined = Concat <axis = 2> (q_turned, rounded_flat)
+  halves = Cast <to = 10> (joined)
+"""
+        + _GROUPED.replace("PAST_KEY", "half_key").replace("PAST_VALUE", "half_value")
+    )
+    .replace("KEY", "kept_key")
+    .replace("VALUE", "kept_value")
+)
+
+
+# Exact attention needs no summaries of the cache: they stay as they are.
+_SUMMARIES = """
+  present_codes = Identity (past_codes)
+  present_means = Identity (past_means)
+"""
+
+
+def attention_bodies(norms: str) -> dict[str, str]:
+    """The bodies of all attention operators; `norms` makes q_normed and k_normed of q_heads and k_heads."""
+    heads = {"": _HEADS + _PLAIN_HEADS, "Norm": _HEADS + _SPLIT_HEADS + norms + _JOINED_HEADS}
+    summaries = {"Attention": "", "HadamardSparseAttention": _SUMMARIES}
+    caches = {"": _ATTENTION, "Int8": _ATTENTION_INT8}
+    return {
+        f"{norm}{kind}{cache}": head + body + beside
+        for cache, body in caches.items()
+        for kind, beside in summaries.items()
+        for norm, head in heads.items()
+    }

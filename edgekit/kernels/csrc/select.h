@@ -1,0 +1,262 @@
+// One token over a long cache: what is attended exactly, what counts by its estimate, and how the parts are joined.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "path.h"
+#include "work.h"
+
+namespace edgekit {
+namespace {
+
+// Keys and values of all heads, [kv_heads][length][head_dim].
+struct Cache {
+  Rows keys, values;
+  int64_t length;
+  int64_t head_dim;
+  Rows keys_from(int64_t head, int64_t position) const { return keys.from(head * length + position, head_dim); }
+  Rows values_from(int64_t head, int64_t position) const { return values.from(head * length + position, head_dim); }
+};
+
+// What stands beside keys and values in a sparse cache.
+struct Summary {
+  uint8_t* codes;  // [kv_heads][code_bytes]
+  uint8_t* means;  // [kv_heads][blocks][mean_bytes]
+  int64_t code_bytes;
+  int64_t blocks;
+  int64_t budget;
+};
+
+// The attributes and calibrated constants of sparse attention.
+struct SparseShape {
+  int64_t kv_heads, group, head_dim;
+  int64_t sinks, recent, followers;
+  int64_t channels, fine;
+  const float *center, *encoder, *decoder;
+  KeyCoder coder(int64_t head) const {
+    const int64_t at = head * head_dim;
+    return {center + at, encoder + at * channels, decoder + at * channels, head_dim, channels, fine};
+  }
+};
+
+// The blocks are cut into segments, by the length alone, so that results do not depend on the number of threads.
+// Memory belongs to the thread that made the selection, which waits for the others.
+class Selection {
+ public:
+  Selection(const SparseShape& shape, const float* q, const Cache& cache, int64_t total, const Summary& summary)
+      : s_(shape), q_(q), cache_(cache), total_(total), summary_(summary),
+        blocks_((total + kBlockTokens - 1) / kBlockTokens),
+        segments_(std::clamp<int64_t>(blocks_ / 4, 1, 8)),
+        sinks_(std::min(s_.sinks, summary.budget - std::min(s_.recent, summary.budget))),
+        recent_(total - std::min(s_.recent, summary.budget)),
+        exact_(summary.budget - (total - recent_) - sinks_),
+        following_((s_.followers + kLanes - 1) / kLanes * kLanes),
+        scale_(1.0f / std::sqrt(static_cast<float>(s_.head_dim))) {
+    const auto heads = static_cast<size_t>(s_.kv_heads * s_.group), kv_heads = static_cast<size_t>(s_.kv_heads);
+    codes_ = scratch<int8_t, Use::kCodes>(heads * s_.channels);
+    factors_ = scratch<float, Use::kScales>(2 * heads);
+    weights_ = scratch<float, Use::kScores>(heads * stride());
+    blockwise_ = scratch<float, Use::kSums>(3 * heads * blocks_);
+    whole_ = scratch<float, Use::kWholes>(heads);
+    places_ = scratch<int32_t, Use::kPlaces>(kv_heads * (exact_ + following_));
+    kept_ = scratch<float, Use::kTails>(heads * following_);
+    found_ = scratch<int64_t, Use::kFound>(2 * kv_heads);
+    parts_ = scratch<float, Use::kPartials>(kv_heads * (2 * segments_ + 2) * part_size());
+    for (int64_t h = 0; h < s_.kv_heads * s_.group; ++h) {
+      float spread[kWidest];
+      path().encode_query(s_.coder(h / s_.group), q + h * s_.head_dim, scale_, spread, codes_ + h * s_.channels,
+                          factors_ + h, factors_ + heads + h);
+    }
+  }
+
+  int64_t segments() const { return segments_; }
+
+  SparseTask task(int64_t head, int64_t segment) const {
+    const int64_t first = head * s_.group, heads = s_.kv_heads * s_.group;
+    SparseTask t{};
+    t.q_codes = codes_ + first * s_.channels;
+    t.factors = factors_ + first;
+    t.constants = factors_ + heads + first;
+    t.codes = summary_.codes + head * summary_.code_bytes;
+    t.means = summary_.means + head * summary_.blocks * mean_bytes(s_.head_dim);
+    t.heads = s_.group;
+    t.head_dim = s_.head_dim;
+    t.channels = s_.channels;
+    t.fine = s_.fine;
+    t.first_block = blocks_ * segment / segments_;
+    t.last_block = blocks_ * (segment + 1) / segments_;
+    t.blocks = blocks_;
+    t.sinks = sinks_;
+    t.recent = recent_;
+    t.stride = stride();
+    t.weights = weights_ + first * stride();
+    t.references = blockwise_ + first * blocks_;
+    t.sums = t.references + heads * blocks_;
+    t.gains = t.sums + heads * blocks_;
+    return t;
+  }
+
+  // The window and the sinks exactly, then each head's whole, and what is selected.
+  void choose(int64_t head) const {
+    const SparseTask t = task(head, 0);
+    exactly(head, cache_.keys_from(head, 0), cache_.values_from(head, 0), sinks_, sink_part(head));
+    exactly(head, cache_.keys_from(head, recent_), cache_.values_from(head, recent_), total_ - recent_,
+            sink_part(head) + part_size());
+    const float *sinks = sink_part(head) + t.heads * t.head_dim, *recent = sinks + part_size();
+    for (int64_t h = 0; h < t.heads; ++h) {
+      const float *references = t.references + h * blocks_, *sums = t.sums + h * blocks_;
+      float top = std::max(read(sinks + h), read(recent + h)), whole = 0.0f;
+      for (int64_t b = 0; b < blocks_; ++b) top = std::max(top, references[b] / kLog2E);
+      for (const float* part : {sinks, recent}) whole += std::exp(part[h] - top) * part[t.heads + h];
+      float* gains = const_cast<float*>(t.gains) + h * blocks_;
+      for (int64_t b = 0; b < blocks_; ++b) whole += sums[b] * (gains[b] = std::exp(references[b] / kLog2E - top));
+      for (int64_t b = 0; b < blocks_; ++b) gains[b] /= whole;
+      whole_[head * t.heads + h] = top + std::log(whole);
+    }
+    SparseChoice c{};
+    c.exact_count = exact_;
+    c.following_count = s_.followers;
+    c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride()));
+    c.highest = scratch<float, Use::kHighest>(static_cast<size_t>(stride()));
+    c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride()));
+    c.exact = places(head);
+    c.following = c.exact + exact_;
+    c.kept = kept_ + head * t.heads * following_;
+    c.kept_stride = following_;
+    c.exact_found = found_ + 2 * head;
+    c.following_found = c.exact_found + 1;
+    path().select(t, c);
+  }
+
+  // What is left of a segment by its shares, and what was chosen there exactly.
+  void attend(int64_t head, int64_t segment) const {
+    SparseTask t = task(head, segment);
+    const int64_t d = t.head_dim;
+    float pages[kMostHeads * kLanes];
+    t.out = tail_part(head, segment);
+    t.totals = t.out + t.heads * d;
+    t.pages = t.heads <= kMostHeads ? pages : scratch<float, Use::kPages>(static_cast<size_t>(t.heads * kLanes));
+    path().weigh(t);
+    follow(t, head);
+    const auto [from, to] = inside(t, places(head), found_[2 * head]);
+    const int64_t count = to - from, row_bytes = cache_.keys.bytes(d);
+    auto* rows = scratch<uint8_t, Use::kGathered>(static_cast<size_t>(2 * count * row_bytes));
+    auto* scales = scratch<uint16_t, Use::kRowScales>(static_cast<size_t>(2 * count));
+    const int32_t* at = places(head) + from;
+    const Rows keys = gathered(cache_.keys_from(head, 0), at, count, rows, scales);
+    const Rows values = gathered(cache_.values_from(head, 0), at, count, rows + count * row_bytes, scales + count);
+    exactly(head, keys, values, count, t.out + part_size());
+  }
+
+  // A head's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
+  void join(int64_t h, float* out) const {
+    const int64_t d = s_.head_dim, head = h / s_.group, own = h % s_.group;
+    const float *tails = tail_part(head, 0), *sums = tails + s_.group * d + own;
+    float top = whole_[h], total = 0.0f;
+    const auto is_tail = [&](int64_t i) { return i < 2 * segments_ && i % 2 == 0; };
+    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
+      if (!is_tail(i)) top = std::max(top, sums[i * part_size()]);
+    }
+    std::fill(out, out + d, 0.0f);
+    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
+      const float* part = tails + i * part_size();
+      const float maximum = part[s_.group * d + own], sum = part[s_.group * (d + 1) + own];
+      const float factor = std::exp((is_tail(i) ? whole_[h] : maximum) - top);
+      total += factor * (is_tail(i) ? maximum : sum);
+      for (int64_t c = 0; c < d; ++c) out[c] += factor * part[own * d + c];
+    }
+    for (int64_t c = 0; c < d; ++c) out[c] /= total;
+  }
+
+  static constexpr int64_t kWidest = 1024;
+
+ private:
+  static constexpr int64_t kMostHeads = 16;
+  static constexpr float kLog2E = 1.44269504088896341f;
+
+  int64_t stride() const { return blocks_ * kBlockTokens; }
+
+  // Of a part: sums of values, [group][head_dim], and [group] maxima and [group] sums of weights; or [group] totals of
+  // shares. A head has a tail and an exact part for each segment, in turns, then the sinks and the newest positions.
+  int64_t part_size() const { return s_.group * (s_.head_dim + 2); }
+  float* tail_part(int64_t head, int64_t segment) const {
+    return parts_ + (head * (2 * segments_ + 2) + 2 * segment) * part_size();
+  }
+  float* sink_part(int64_t head) const { return tail_part(head, segments_); }
+  int32_t* places(int64_t head) const { return places_ + head * (exact_ + following_); }
+
+  static int32_t position(int32_t place) {
+    constexpr int32_t kPage = kPageTokens, kBlock = kBlockTokens;
+    return place / kBlock * kBlock + place % kLanes * kPage + place % kBlock / kLanes;
+  }
+
+  // Which of ascending places lie in the task's blocks.
+  static std::pair<int64_t, int64_t> inside(const SparseTask& t, const int32_t* places, int64_t count) {
+    const auto below = [&](int64_t block) { return std::lower_bound(places, places + count, block * kBlockTokens) - places; };
+    return {below(t.first_block), below(t.last_block)};
+  }
+
+  // The rows at `count` places, one after the other.
+  Rows gathered(const Rows& from, const int32_t* places, int64_t count, uint8_t* rows, uint16_t* scales) const {
+    const int64_t bytes = from.bytes(s_.head_dim);
+    const auto* source = static_cast<const uint8_t*>(from.data);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + 8 < count) __builtin_prefetch(source + position(places[i + 8]) * bytes);
+      std::memcpy(rows + i * bytes, source + position(places[i]) * bytes, static_cast<size_t>(bytes));
+      if (from.scales) scales[i] = from.scales[position(places[i])];
+    }
+    return {rows, from.scales ? scales : nullptr};
+  }
+
+  // Add what follows in the task's blocks, with its own values.
+  void follow(const SparseTask& t, int64_t head) const {
+    const int32_t* following = places(head) + exact_;
+    const auto [from, to] = inside(t, following, found_[2 * head + 1]);
+    if (from == to) return;
+    int32_t* positions = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from));
+    for (int64_t i = from; i < to; ++i) positions[i - from] = position(following[i]);
+    const float* kept = kept_ + head * t.heads * following_;
+    for (int64_t h = 0; h < t.heads; ++h) {
+      for (int64_t i = from; i < to; ++i) t.totals[h] += kept[h * following_ + i];
+    }
+    path().gather(cache_.values_from(head, 0), positions, to - from, t.heads, kept + from, following_, t.head_dim, t.out);
+  }
+
+  // Exact attention of a head's group to rows that stand together.
+  void exactly(int64_t head, const Rows& keys, const Rows& values, int64_t count, float* out) const {
+    DecodeTask task{};
+    task.heads = s_.group;
+    task.head_dim = s_.head_dim;
+    task.q = q_ + head * task.heads * task.head_dim;
+    task.keys = keys;
+    task.values = values;
+    task.count = count;
+    task.count_padded = (count + kLanes - 1) / kLanes * kLanes;
+    task.scale = scale_;
+    task.out = out;
+    task.maxima = out + task.heads * task.head_dim;
+    task.sums = task.maxima + task.heads;
+    task.scratch = scratch<float, Use::kChosen>(static_cast<size_t>(4 * task.count_padded));
+    path().decode(task);
+  }
+
+  const SparseShape& s_;
+  const float* q_;
+  const Cache& cache_;
+  int64_t total_;
+  const Summary& summary_;
+  int64_t blocks_, segments_;
+  int64_t sinks_, recent_;  // positions below and from here on are attended to in any case
+  int64_t exact_, following_;
+  float scale_;
+  int8_t* codes_;
+  float *factors_, *weights_, *blockwise_, *whole_, *kept_, *parts_;
+  int32_t* places_;  // [kv_heads][exact and following]
+  int64_t* found_;   // [kv_heads][2]
+};
+
+}  // namespace
+}  // namespace edgekit
