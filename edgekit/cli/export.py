@@ -20,7 +20,12 @@ from edgekit.errors import UserError
 @click.option(
     "--rope-scaling", help="A longer context than the trained one: linear, ntk or yarn and a factor, as yarn:4."
 )
-@click.option("--attention", type=click.Choice(["dense", "sparse"]), default="dense", help="sparse: for long contexts.")
+@click.option(
+    "--attention",
+    type=click.Choice(["dense", "sparse", "adamas"]),
+    default="dense",
+    help="sparse: for long contexts; adamas: as that paper has it.",
+)
 @click.option(
     "--cache",
     type=click.Choice(["float16", "int8"]),
@@ -77,7 +82,8 @@ def export(
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
     if attention == "dense" and (options or (calibration and not goal.provider)):
         raise UserError("--budget, --dense-below and --calibration are for --attention sparse")
-    sparse = SparseOptions(**options) if attention == "sparse" else None
+    made = {"dense": lambda **_: None, "sparse": SparseOptions, "adamas": SparseOptions.as_published}
+    sparse = made[attention](**options)
     if wheelhouse and goal.arch != "aarch64":
         raise UserError(f"--wheelhouse is for Arm devices: the target is {goal.name}")
     text = read_text(calibration) if calibration else None

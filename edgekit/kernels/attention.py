@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.kernels import sparse
+from edgekit.kernels import sparse, sparse_adamas
 from edgekit.kernels.reference import STEPS, rms_norm, round_rows, rounded
 from edgekit.weight import Bytes, Floats, Halves, SignedBytes
 
@@ -107,6 +107,8 @@ def hadamard_sparse_attention(
     past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, bytes) summarise the cache in the layout of
     `edgekit.kernels.sparse`. `calibrated` are last, cos, sin, center, encoder, decoder and budget: center
     (kv_num_heads, head_dim), encoder and decoder (kv_num_heads, head_dim, coded channels) each, which is transposed.
+    With the attribute `adamas` it is `sparse_adamas.attend`, center holds the thresholds (kv_num_heads, 2) of queries
+    and keys, and encoder and decoder nothing. With `per_query_head` each query head selects for itself, else a group.
     """
     return _sparse(qkv, (past_key, past_value), (past_codes, past_means), *calibrated, **attributes)
 
@@ -211,10 +213,12 @@ def _sparse(
     decoder: Floats,
     budget: NDArray[np.int32],
     *,
+    dense_below: int,
+    per_query_head: int,
+    adamas: int,
     sinks: int,
     recent: int,
     followers: int,
-    dense_below: int,
     **sizes: Any,
 ) -> tuple[Array, ...]:
     y, *present = _dense(qkv, cache, last, cos, sin, **sizes)
@@ -225,31 +229,29 @@ def _sparse(
     q, k = rotated(q, cos[place], sin[place]), rotated(k, cos[place], sin[place])
     keys, values = (part.astype(np.float32) for part in read_cache(present, total))
     codes, means = (part.copy() for part in summaries)
-    center = center.reshape(kv_heads, head_dim)
-    shape = (kv_heads, head_dim, sparse.coded_channels(head_dim))
-    encoder, decoder = encoder.reshape(shape), decoder.reshape(shape)
+    center = center.reshape(kv_heads, -1)
     for head in range(kv_heads):
-        coded = sparse.encode(k[head], center[head], encoder[head].T)
+        if adamas:
+            sparse_adamas.store(codes[0, head], sparse_adamas.code(k[head], center[head, 1]), total - tokens)
+            continue
+        coded = sparse.encode(k[head], center[head], encoder.reshape(kv_heads, head_dim, -1)[head].T)
         sparse.store(codes[0, head], coded, total - tokens, head_dim=head_dim)
         sparse.average(means[0, head], values[head], total - tokens)
     if tokens == 1 and total > max(dense_below, positions):
-        queries, near = (np.split(x[:, 0], kv_heads) for x in (q, asked(q, cache)))
-        found = [
-            sparse.attend(
-                queries[head],
-                near[head],
-                keys[head],
-                values[head],
-                sparse.load(codes[0, head], total, head_dim=head_dim),
-                sparse.load_means(means[0, head], head_dim),
-                center[head],
-                decoder[head].T,
-                budget=positions,
-                sinks=sinks,
-                recent=recent,
-                followers=followers,
-            )
-            for head in range(kv_heads)
-        ]
+        forced = {"budget": positions, "sinks": sinks, "recent": recent}
+        shared = 1 if per_query_head else len(q) // kv_heads  # query heads that share what is selected
+        found = []
+        for first in range(0, len(q), shared):
+            head = first * kv_heads // len(q)
+            asking = (q[first : first + shared, 0], asked(q, cache)[first : first + shared, 0])
+            known = (keys[head], values[head])
+            if adamas:
+                coded = sparse_adamas.load(codes[0, head], total, head_dim)
+                found.append(sparse_adamas.attend(*asking, *known, coded, center[head, 0], **forced))
+            else:
+                coded = sparse.load(codes[0, head], total, head_dim=head_dim)
+                summary = coded, sparse.load_means(means[0, head], head_dim), center[head]
+                decoded = decoder.reshape(kv_heads, head_dim, -1)[head].T
+                found.append(sparse.attend(*asking, *known, *summary, decoded, followers=followers, **forced))
         y = np.concatenate(found).reshape(1, 1, -1)
     return y, *present, codes, means

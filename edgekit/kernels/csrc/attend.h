@@ -100,14 +100,17 @@ class Attend {
           rotate(row + q_width + h * d, c, s, k_norm_, key);
           keep(key, cache.keys_from(h, first + t));
           keep(row + q_width + (kv_heads_ + h) * d, cache.values_from(h, first + t));
-          if (form_.sparse) {
+          if (form_.sparse && sparse_.adamas) {
+            path().planes(key, d, read(sparse_.center + 2 * h + 1),
+                          summary.codes + h * summary.code_bytes + (first + t) * d / 4);
+          } else if (form_.sparse) {
             float spread[Selection::kWidest];
             path().encode(sparse_.coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
           }
         }
       }
     });
-    if (form_.sparse) average(context, cache, first, total, summary);
+    if (form_.sparse && !sparse_.adamas) average(context, cache, first, total, summary);
     if (form_.sparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
       select(context, q, cache, total, summary, out);
     } else if (tokens == 1) {
@@ -131,10 +134,19 @@ class Attend {
     s.followers = info.integer("followers", 0, 1 << 20);
     dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
     if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
+    const size_t center = sine_input() + 1;
+    s.heads = info.integer("per_query_head", 0, 1) ? 1 : group_;
+    s.adamas = info.integer("adamas", 0, 1) != 0;
+    if (s.adamas) {
+      if (head_dim_ & (head_dim_ - 1)) fail("head_dim must be a power of two for adamas: got %lld", (long long)head_dim_);
+      if (s.followers > 0) fail("followers must be 0 for adamas, which drops what it does not select: got %lld", (long long)s.followers);
+      s.channels = head_dim_ / 4;  // bytes
+      s.center = info.constant(center, "center", ort::kFloat, 2 * kv_heads_).as<float>();
+      return;
+    }
     s.fine = head_dim_ / 64 * kLanes;
     s.channels = head_dim_ - s.fine;
     const int64_t size = kv_heads_ * head_dim_;
-    const size_t center = sine_input() + 1;
     s.center = info.constant(center, "center", ort::kFloat, size).as<float>();
     s.encoder = info.constant(center + 1, "encoder", ort::kFloat, size * s.channels).as<float>();
     s.decoder = info.constant(center + 2, "decoder", ort::kFloat, size * s.channels).as<float>();
@@ -218,15 +230,15 @@ class Attend {
   // with their estimated weights, the next ones with their own values, the rest with their pages' means.
   void select(const Context& context, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out) const {
     const Selection selection(sparse_, q, cache, total, s);
-    const int64_t segments = selection.segments();
-    const auto count = static_cast<size_t>(kv_heads_ * segments);
-    // Who estimates a head's last segment also chooses.
-    int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(kv_heads_));
-    std::fill(left, left + kv_heads_, segments);
+    const int64_t segments = selection.segments(), units = sparse_.units();
+    const auto count = static_cast<size_t>(units * segments);
+    // Who estimates a unit's last segment also chooses.
+    int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(units));
+    std::fill(left, left + units, segments);
     context.parallel(count, [&](size_t i) {
-      const int64_t head = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
-      path().estimate(selection.task(head, segment));
-      if (__atomic_sub_fetch(left + head, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(head);
+      const int64_t unit = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
+      selection.estimate(unit, segment);
+      if (__atomic_sub_fetch(left + unit, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(unit);
     });
     context.parallel(count, [&](size_t i) {
       selection.attend(static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments);

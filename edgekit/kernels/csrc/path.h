@@ -206,6 +206,9 @@ struct Path {
                  int64_t head_dim, float* out);
   // A row as whole numbers of -127..127; returns their scale.
   uint16_t (*round_row)(const float* x, int64_t count, int8_t* codes);
+  // See adamas.inl: planes of a key or query; the weights of blocks by their codes' distances.
+  void (*planes)(float* x, int64_t head_dim, float threshold, uint8_t* out);
+  void (*distances)(const SparseTask& task);
   // See peak.inl.
   int64_t (*near_peak)(const float* x, int64_t count, float peak, float factor, float floor, int32_t* indices,
                        float* weights, double* total);

@@ -12,11 +12,13 @@
 #include "amx.inl"
 #include "attention.inl"
 #include "sparse.inl"
+#include "adamas.inl"
 #include "peak.inl"
 
 namespace edgekit {
 constexpr Path kPath{"amx", quantize, multiply<MatrixRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, planes, distances,
+                     near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit
 
