@@ -34,6 +34,7 @@ def sparse_case(
     int8: bool = False,
     per_query_head: bool = False,
     adamas: bool = False,
+    prefill_budget: int = 0,
     seed: int = 0,
 ) -> Case:
     """A cache of `total` - `tokens` positions whose codes and means are whole, and `tokens` new ones."""
@@ -77,7 +78,7 @@ def sparse_case(
     }
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "head_dim": head_dim, "local_window_size": -1}
     attributes |= {"sinks": sinks, "recent": recent, "followers": followers, "dense_below": dense_below}
-    attributes |= {"per_query_head": int(per_query_head), "adamas": int(adamas)}
+    attributes |= {"per_query_head": int(per_query_head), "adamas": int(adamas), "prefill_budget": prefill_budget}
     return Case("HadamardSparseAttention" + ("Int8" if int8 else ""), held, fed, attributes)
 
 
@@ -145,6 +146,34 @@ def test_native_equals_the_definition(shape: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_native_equals_the_definition_over_a_cache_in_8_bits(shape: dict[str, Any]) -> None:
     assert_equal(sparse_case(**shape, int8=True))
+
+
+PREFILL = [
+    {"total": 1500, "tokens": 200, "prefill_budget": 128},
+    {"total": 1499, "tokens": 65, "prefill_budget": 64, "head_dim": 80, "group": 2},
+    {"total": 900, "tokens": 7, "prefill_budget": 256, "head_dim": 32, "group": 1},
+    {"total": 900, "tokens": 130, "prefill_budget": 4096},
+    {"total": 700, "tokens": 700, "prefill_budget": 63},
+]
+
+
+@needs_library
+@pytest.mark.parametrize("int8", [False, True], ids=["float16", "int8"])
+@pytest.mark.parametrize("shape", PREFILL, ids=str)
+def test_prompts_are_read_block_by_block(shape: dict[str, Any], int8: bool) -> None:
+    for path in every_path():
+        assert_equal(sparse_case(**shape, int8=int8))
+        if path == "portable":
+            assert_equal(sparse_case(**shape, int8=int8), threads=2)
+
+
+@needs_library
+def test_a_prefill_budget_of_all_is_exact() -> None:
+    shape: dict[str, Any] = {"total": 1500, "tokens": 200}
+    exact, all_of_it = run_natively(sparse_case(**shape)), run_natively(sparse_case(**shape, prefill_budget=1 << 20))
+    some = run_natively(sparse_case(**shape, prefill_budget=64))
+    assert np.array_equal(exact[0], all_of_it[0])
+    assert not np.array_equal(exact[0], some[0])
 
 
 @needs_library

@@ -36,6 +36,7 @@ from edgekit.weight import Floats
 TOKENS = 2048  # of a calibration text
 WRITTEN = 1024  # where the model writes it
 FEWEST = 256
+PREFILL_BUDGET = 2048  # far positions that a tile of a prompt attends to, where prompts are read sparsely
 STEPS = (0.3352, 0.9957)  # of 4-bit and 2-bit codes of a normal variable, in deviations: Max, IRE Trans. IT-6 (1960)
 
 
@@ -47,7 +48,8 @@ class SparseOptions:
     newest and first positions, which are always among them. followers: how many further positions count with their own
     values, but estimated weights. dense_layers: layers at the beginning that stay exact.
     dense_below: contexts up to this length are attended exactly. per_query_head: each query head selects for itself,
-    not its group together. Raises UserError for a value out of range.
+    not its group together. prefill_budget: how many far positions
+    prompts are read with, by blocks of 64; 0: all. Raises UserError for a value out of range.
     """
 
     budget: int = 256
@@ -58,6 +60,7 @@ class SparseOptions:
     dense_below: int = 1024
     per_query_head: bool = False
     adamas: bool = False
+    prefill_budget: int = 0
 
     @classmethod
     def as_published(cls, *, budget: int = 256, dense_below: int = 1024) -> SparseOptions:
@@ -74,6 +77,7 @@ class SparseOptions:
 
     def __post_init__(self) -> None:
         rules = (("budget", 1), ("recent", 1), ("sinks", 0), ("followers", 0), ("dense_layers", 0), ("dense_below", 0))
+        rules = (*rules, ("prefill_budget", 0))
         for name, least in rules:
             value = getattr(self, name)
             if not least <= value <= 1 << 20:

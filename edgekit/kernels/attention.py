@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.kernels import sparse, sparse_adamas
+from edgekit.kernels import sparse, sparse_adamas, sparse_prefill
 from edgekit.kernels.reference import STEPS, rms_norm, round_rows, rounded
 from edgekit.weight import Bytes, Floats, Halves, SignedBytes
 
@@ -102,7 +102,8 @@ def hadamard_sparse_attention(
     *calibrated: Array,
     **attributes: Any,
 ) -> tuple[Array, ...]:
-    """`attention` for several tokens; for one token at a length above `dense_below` and `budget`, `sparse.attend`.
+    """`attention` for several tokens, or with a prefill_budget `sparse_prefill`; for one token at a length above
+    `dense_below` and `budget`, `sparse.attend`.
 
     past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, bytes) summarise the cache in the layout of
     `edgekit.kernels.sparse`. `calibrated` are last, cos, sin, center, encoder, decoder and budget: center
@@ -184,6 +185,7 @@ def _dense(
     local_window_size: int,
     epsilon: float = 0.0,
     norms: tuple[Floats, Floats] | None = None,
+    away: NDArray[np.bool_] | None = None,
 ) -> tuple[Array, ...]:
     q, k, v = _heads(qkv, num_heads, kv_num_heads, head_dim)
     if norms is not None:
@@ -196,6 +198,8 @@ def _dense(
     scores = asked(q, cache) @ keys.swapaxes(1, 2) / np.sqrt(head_dim)
     distance = position[:, None] - np.arange(total)
     scores[:, (distance < 0) | (distance >= (local_window_size if local_window_size > 0 else total))] = -np.inf
+    if away is not None:  # (heads, T, total): attended by none
+        scores[away] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     y = (weights / weights.sum(-1, keepdims=True)) @ values  # (heads, T, head_dim)
     return y.swapaxes(0, 1).reshape(1, tokens, len(q) * head_dim).astype(np.float32), *present
@@ -216,27 +220,36 @@ def _sparse(
     dense_below: int,
     per_query_head: int,
     adamas: int,
+    prefill_budget: int,
     sinks: int,
     recent: int,
     followers: int,
     **sizes: Any,
 ) -> tuple[Array, ...]:
-    y, *present = _dense(qkv, cache, last, cos, sin, **sizes)
     kv_heads, head_dim = sizes["kv_num_heads"], sizes["head_dim"]
     tokens, total, positions = qkv.shape[1], int(last.reshape(())) + 1, int(budget.reshape(()))
-    place = np.arange(total - tokens, total)
+    first, place = total - tokens, np.arange(total - tokens, total)
     q, k, _ = _heads(qkv, sizes["num_heads"], kv_heads, head_dim)
     q, k = rotated(q, cos[place], sin[place]), rotated(k, cos[place], sin[place])
-    keys, values = (part.astype(np.float32) for part in read_cache(present, total))
     codes, means = (part.copy() for part in summaries)
     center = center.reshape(kv_heads, -1)
-    for head in range(kv_heads):
+    away = np.zeros((kv_heads, tokens, total), bool)
+    for head, queries in enumerate(np.split(q, kv_heads)):
         if adamas:
-            sparse_adamas.store(codes[0, head], sparse_adamas.code(k[head], center[head, 1]), total - tokens)
+            sparse_adamas.store(codes[0, head], sparse_adamas.code(k[head], center[head, 1]), first)
             continue
         coded = sparse.encode(k[head], center[head], encoder.reshape(kv_heads, head_dim, -1)[head].T)
-        sparse.store(codes[0, head], coded, total - tokens, head_dim=head_dim)
-        sparse.average(means[0, head], values[head], total - tokens)
+        sparse.store(codes[0, head], coded, first, head_dim=head_dim)
+        if prefill_budget and tokens > 1:
+            known = sparse.load(codes[0, head], total, head_dim=head_dim)
+            decoded = decoder.reshape(kv_heads, head_dim, -1)[head].T
+            away[head] = sparse_prefill.hidden(
+                queries, known, center[head], decoded, first=first, budget=prefill_budget
+            )
+    y, *present = _dense(qkv, cache, last, cos, sin, away=away.repeat(len(q) // kv_heads, axis=0), **sizes)
+    keys, values = (part.astype(np.float32) for part in read_cache(present, total))
+    for head in range(0 if adamas else kv_heads):
+        sparse.average(means[0, head], values[head], first)
     if tokens == 1 and total > max(dense_below, positions):
         forced = {"budget": positions, "sinks": sinks, "recent": recent}
         shared = 1 if per_query_head else len(q) // kv_heads  # query heads that share what is selected

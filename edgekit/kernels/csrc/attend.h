@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "path.h"
+#include "prefill.h"
 #include "select.h"
 #include "session.h"
 #include "work.h"
@@ -116,7 +117,7 @@ class Attend {
     } else if (tokens == 1) {
       decode(context, q, cache, total, out);
     } else {
-      prefill(context, q, cache, first, tokens, out);
+      prefill(context, q, cache, first, tokens, summary, out);
     }
   }
 
@@ -133,12 +134,14 @@ class Attend {
     s.recent = info.integer("recent", 1, 1 << 20);
     s.followers = info.integer("followers", 0, 1 << 20);
     dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
+    prefill_budget_ = info.integer("prefill_budget", 0, 1 << 20);
     if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
     const size_t center = sine_input() + 1;
     s.heads = info.integer("per_query_head", 0, 1) ? 1 : group_;
     s.adamas = info.integer("adamas", 0, 1) != 0;
     if (s.adamas) {
       if (head_dim_ & (head_dim_ - 1)) fail("head_dim must be a power of two for adamas: got %lld", (long long)head_dim_);
+      if (prefill_budget_ > 0) fail("prefill_budget must be 0 for adamas: got %lld", (long long)prefill_budget_);
       if (s.followers > 0) fail("followers must be 0 for adamas, which drops what it does not select: got %lld", (long long)s.followers);
       s.channels = head_dim_ / 4;  // bytes
       s.center = info.constant(center, "center", ort::kFloat, 2 * kv_heads_).as<float>();
@@ -263,7 +266,8 @@ class Attend {
     }
   }
 
-  void prefill(const Context& context, const float* q, const Cache& cache, int64_t first, int64_t tokens, float* out) const {
+  void prefill(const Context& context, const float* q, const Cache& cache, int64_t first, int64_t tokens,
+               const Summary& summary, float* out) const {
     constexpr int64_t kTokens = 64;
     const int64_t parts = (tokens + kTokens - 1) / kTokens, width = kv_heads_ * group_ * head_dim_;
     context.parallel(static_cast<size_t>(kv_heads_ * parts), [&](size_t i) {
@@ -283,6 +287,12 @@ class Attend {
       task.window = window_;
       task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
       task.scratch = scratch<float, Use::kScores>(attention_scratch(kTokens, group_, head_dim_));
+      if (prefill_budget_ > 0) {
+        auto* blocks = scratch<int32_t, Use::kPlaces>(static_cast<size_t>((first + tokens) / kKeyBlock + 2));
+        task.block_count = choose_blocks(sparse_, task.q, width, task.tokens, task.first, head, summary,
+                                         prefill_budget_ / kKeyBlock, blocks);
+        if (task.block_count > 0) task.blocks = blocks;
+      }
       path().attend(task);
     });
   }
@@ -337,7 +347,7 @@ class Attend {
   }
 
   AttentionForm form_;
-  int64_t kv_heads_, group_, head_dim_, window_, dense_below_ = 0;
+  int64_t kv_heads_, group_, head_dim_, window_, dense_below_ = 0, prefill_budget_ = 0;
   SparseShape sparse_{};
   float epsilon_ = 0.0f;
   const float* q_norm_ = nullptr;

@@ -83,6 +83,8 @@ struct Rows {
   }
 };
 
+constexpr int64_t kKeyBlock = 64;  // keys that many tokens attend to at once
+
 // The query heads of one key-value head, many tokens: see attention.inl. Lengths are in elements.
 struct AttentionTask {
   const float* q;  // [tokens][q_stride]: rotated queries of the group's heads, heads * head_dim of each row
@@ -97,11 +99,13 @@ struct AttentionTask {
   int64_t window;  // attend to the last `window` positions only; 0: to all
   float scale;
   float* scratch;  // attention_scratch(...) floats
+  const int32_t* blocks = nullptr;  // of kKeyBlock keys, to attend to no others, in ascending order; null: all
+  int64_t block_count = 0;
 };
 
 constexpr int64_t attention_scratch(int64_t tokens, int64_t heads, int64_t head_dim) {
   const int64_t rows = (tokens * heads + kLanes - 1) / kLanes * kLanes;
-  return 2 * 64 * head_dim + 64 * kLanes + rows * (2 * head_dim + 3);
+  return 2 * kKeyBlock * head_dim + kKeyBlock * kLanes + rows * (2 * head_dim + 3);
 }
 
 // The same for one token and a stretch of the cache; leaves sums that several stretches can be joined from.
