@@ -116,6 +116,7 @@ SHAPES = [
     {"total": 700, "budget": 64, "followers": 5000, "head_dim": 80},
     {"total": 1, "budget": 1},
     {"total": 2, "budget": 1, "recent": 1},
+    {"total": 9, "tokens": 0},
     {"total": 300, "tokens": 7},
     {"total": 300, "tokens": 300},
     {"total": 300, "context": 1000},
@@ -294,8 +295,11 @@ def test_the_transform_keeps_products() -> None:
     assert np.abs(sparse.hadamard(sparse.hadamard(a)) - a).max() < 1e-6
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_calibrated_channels_estimate_better_than_the_keys_own(head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "most"),
+    [(64, 0.7), (80, 0.7), (128, 0.7), (16, 0.9), (32, 0.9), (48, 0.9)],  # below 64 channels none has four bits
+)
+def test_calibrated_channels_estimate_better_than_the_keys_own(head_dim: int, most: float) -> None:
     """Keys and queries that vary unlike each other, and a few channels that matter most, as those of real heads do."""
     rng = np.random.default_rng(head_dim)
     axes = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))[0]
@@ -310,7 +314,7 @@ def test_calibrated_channels_estimate_better_than_the_keys_own(head_dim: int) ->
 
     plain = np.eye(head_dim, dtype=np.float32)[:, : sparse.coded_channels(head_dim)]
     step = (test - center).std(0)[:, None]
-    assert error(encoder, decoder) < 0.7 * error(plain / step, plain * step)
+    assert error(encoder, decoder) < most * error(plain / step, plain * step)
 
 
 def kept(estimated: NDArray[np.float64], **options: int) -> list[int]:
