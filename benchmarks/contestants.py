@@ -120,9 +120,9 @@ class EdgekitLong(Edgekit):
             self.engine.rewind(0)
         self.engine.forward(ids[len(self.engine.tokens) :] or ids[-1:])
         for copy in range(1, tokens // self.READ):
-            for buffer, _ in self.engine._cache.values():
-                size = buffer.shape[2] * self.READ // -(-self.engine.context // 256) // 256
-                buffer[:, :, copy * size : (copy + 1) * size] = buffer[:, :, :size]
+            for name, part in self.engine.kept(self.READ).items():
+                size = part.shape[2]
+                self.engine._cache[name][0][:, :, copy * size : (copy + 1) * size] = part
             self.engine.tokens.extend(ids)
         self.filled = tokens
 

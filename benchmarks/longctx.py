@@ -7,7 +7,10 @@ those left there: speed depends on how many positions there are, not on what the
 
 Quality. Four books, windows of 4,096 and 8,192 tokens at three places of each: perplexity of the last 256 tokens, each
 decoded on its own, with budgets of 64, 128 and 256, against the same bundle with a budget of the whole context, which
-is dense attention to the bit.
+is dense attention to the bit. Beside it the same bundle with a cache in 8 bits, with no dense layers, and Adamas as
+published; and what else could pick positions, `longctx_methods`.
+
+Prefill. 512 tokens at the end of 8,192 and 32,768, read exactly and block by block, with what that costs in perplexity.
 
 Needles. 200 made-up facts, each hidden in 4,096 or 8,192 tokens of a book at depths of 10 to 90 %: how often the greedy
 answer holds the code, with budget 256 and dense.
@@ -15,21 +18,27 @@ answer holds the code, with budget 256 and dense.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from common import Benchmark, arguments, data
 from contestants import Worker
+from longctx_methods import METHODS, Selected
 from speed import RECIPE, quantize_peer
 
-from edgekit.checkpoint import open_checkpoint
+from edgekit.bundle import LayerCache
+from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.evaluate.needles import load_needles, search
 from edgekit.evaluate.perplexity import log_likelihoods
 from edgekit.evaluate.text import read_text
-from edgekit.export.export import export
+from edgekit.export.export import export, open_tokenizer
+from edgekit.export.native import CacheType
 from edgekit.export.sparse import SparseOptions
 from edgekit.export.targets import find_target, host_target
 from edgekit.model.builtin import fetch_builtin
@@ -43,7 +52,13 @@ WINDOWS = (4096, 8192)
 SCORED = 256
 ALL = 1 << 30
 STEPS = 32
-SECTIONS = ("speed", "quality", "needles")
+BUNDLES: tuple[tuple[str, SparseOptions | None, CacheType], ...] = (
+    ("sparse", SparseOptions(), "float16"),
+    ("sparse, int8 cache", SparseOptions(), "int8"),
+    ("dense", None, "float16"),
+    ("dense, int8 cache", None, "int8"),
+)
+SECTIONS = ("speed", "quality", "needles", "prefill")
 
 
 def main() -> None:
@@ -54,10 +69,11 @@ def main() -> None:
         compress(open_model("smollm2-135m"), load_recipe(str(RECIPE)), work / "int4")
         checkpoint, target = open_checkpoint(work / "int4"), find_target(host_target())
         if "speed" in options.only:
-            for name, sparse in (("sparse", SparseOptions()), ("dense", None)):
+            for name, sparse, cache in BUNDLES:
                 export(
                     checkpoint,
                     work / f"{name}.long",
+                    cache=cache,
                     target=target,
                     context=65536 + STEPS,
                     rope_scaling=("linear", 16.0),
@@ -66,20 +82,39 @@ def main() -> None:
                 )
             quantize_peer(fetch_builtin("smollm2-135m"), work / "q4_0.gguf")
             speed(bench, work, quick=options.quick)
+        if "prefill" in options.only:
+            for name, sparse in (("exact", SparseOptions()), ("sparse prefill", SparseOptions(prefill_budget=2048))):
+                export(
+                    checkpoint,
+                    work / name,
+                    target=target,
+                    context=32768,
+                    rope_scaling=("yarn", 4.0),
+                    sparse=sparse,
+                    accept_drift=True,
+                )
+            prefill(bench, work, quick=options.quick)
         if {"quality", "needles"} & set(options.only):
-            export(checkpoint, work / "sparse", target=target, sparse=SparseOptions(), accept_drift=True)
-            session = Session.open(work / "sparse", context=8192)
+            made: dict[str, tuple[SparseOptions, CacheType]] = {"sparse": (SparseOptions(), "float16")}
             if "quality" in options.only:
-                quality(bench, session, quick=options.quick)
+                made |= {"sparse, int8 cache": (SparseOptions(), "int8")}
+                made |= {"no dense layers": (SparseOptions(dense_layers=0), "float16")}
+                made |= {"Adamas": (SparseOptions.as_published(), "float16")}
+            sessions = {}
+            for name, (sparse, cache) in made.items():
+                export(checkpoint, work / name, target=target, sparse=sparse, cache=cache, accept_drift=True)
+                sessions[name] = Session.open(work / name, context=8192)
+            if "quality" in options.only:
+                quality(bench, sessions, checkpoint, quick=options.quick)
             if "needles" in options.only:
-                needles(bench, session, quick=options.quick)
+                needles(bench, sessions["sparse"], quick=options.quick)
     bench.finish(as_json=options.json)
 
 
 def speed(bench: Benchmark, work: Path, *, quick: bool) -> None:
-    contexts = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    contexts = (512, 2048, 8192, 32768) if quick else (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
     peers = (8192, 32768)
-    workers = {name: Worker("edgekit-long", work / f"{name}.long") for name in ("sparse", "dense")}
+    workers = {name: Worker("edgekit-long", work / f"{name}.long") for name, _, _ in BUNDLES}
     workers["llama.cpp Q4_0"] = Worker("llama.cpp-long", work / "q4_0.gguf")
     found: dict[tuple[str, int], float] = {}
     for context in contexts:
@@ -94,57 +129,99 @@ def speed(bench: Benchmark, work: Path, *, quick: bool) -> None:
         worker.close()
     for context, bound in ((8192, 6.0), (32768, 15.0)):
         if context in peers:
-            ratio = found["sparse", context] / found["llama.cpp Q4_0", context]
-            bench.at_least(f"decode after {context}: sparse over llama.cpp Q4_0", ratio, bound)
+            for name in ("sparse", "sparse, int8 cache"):
+                ratio = found[name, context] / found["llama.cpp Q4_0", context]
+                bench.at_least(f"decode after {context}: {name} over llama.cpp Q4_0", ratio, bound)
     bench.at_least("decode after 512: sparse over dense", found["sparse", 512] / found["dense", 512], 0.97)
     long = [context for context in contexts if context > 1024]
     slope, base = np.polyfit(long, [1e3 / found["sparse", context] for context in long], 1)
     bench.value("milliseconds a token at no context, fitted", float(base), "ms")
     bench.value("milliseconds a token for 1,024 positions more, fitted", float(slope) * 1024, "ms")
-    codes, means = 32768 * 64 / 4, 32768 / 16 * 64 * 2  # of one head: codes, and a mean of float16 a page
+    layer = LayerCache(1, 64, sparse=True)
+    codes, means = layer.code_shape(32768)[2], layer.mean_shape(32768)[2]
     bench.value("bytes read for each position and head: codes", codes / 32768, "B")
     bench.value("bytes read for each position and head: codes and means", (codes + means) / 32768, "B")
     bench.at_most("bytes that grow with the context, over bytes of codes", (codes + means) / codes, 1.3)
 
 
-def quality(bench: Benchmark, session: Session, *, quick: bool) -> None:
-    losses: dict[tuple[int, int], list[float]] = {}
+def quality(bench: Benchmark, sessions: Mapping[str, Session], checkpoint: Checkpoint, *, quick: bool) -> None:
+    """Losses of our bundles and of what torch picks, over the same windows."""
+    losses: dict[tuple[str, int, int], list[float]] = {}
+    others = Selected(checkpoint)
     for book in BOOKS[:2] if quick else BOOKS:
-        ids = session.tokenizer.encode(read_text(data(f"longctx/{book}.txt.gz"))).ids
+        ids = sessions["sparse"].tokenizer.encode(read_text(data(f"longctx/{book}.txt.gz"))).ids
         for place in range(1 if quick else 3):
             start = 20000 + 40000 * place
-            for key, loss in last_losses(session, ids[start : start + 8192]).items():
+            for key, loss in last_losses(sessions, others, ids[start : start + 8192]).items():
                 losses.setdefault(key, []).append(loss)
     for window in WINDOWS:
-        dense = np.array(losses[window, ALL])
+        dense = np.array(losses["sparse", window, ALL])
         count = len(dense) * SCORED
         bench.value(f"perplexity at {window}, dense", math.exp(dense.mean()), "ppl", n=count)
-        for budget, bound in BUDGETS.items():
-            sparse = np.array(losses[window, budget])
-            spread = 100 * float((sparse - dense).std(ddof=1)) / math.sqrt(len(dense))
-            note = f"standard error of the loss over windows: {spread:.2f} %"
-            bench.value(f"perplexity at {window}, budget {budget}", math.exp(sparse.mean()), "ppl", n=count, note=note)
-            loss = 100 * math.expm1(float((sparse - dense).mean()))
-            bench.at_most(f"perplexity at {window}, budget {budget}: loss, %", loss, bound)
+        small = 100 * math.expm1(float((np.array(losses["sparse, int8 cache", window, ALL]) - dense).mean()))
+        bench.value(f"perplexity at {window}, dense, int8 cache: loss", small, "%", n=count)
+        for method in (*sessions, *METHODS):
+            for budget, bound in BUDGETS.items():
+                change = np.array(losses[method, window, budget]) - dense
+                spread = 100 * float(change.std(ddof=1)) / math.sqrt(len(dense))
+                note = f"standard error over {len(dense)} windows: {spread:.2f} %"
+                loss = 100 * math.expm1(float(change.mean()))
+                if method == "sparse":
+                    bench.at_most(f"perplexity at {window}, budget {budget}: loss, %", loss, bound)
+                bench.value(f"perplexity at {window}, budget {budget}, {method}: loss", loss, "%", n=count, note=note)
 
 
-def last_losses(session: Session, ids: list[int]) -> dict[tuple[int, int], float]:
-    """Mean loss of the last `SCORED` tokens of each window, which all begin with ids[0], and budget: the context is
-    read once, those tokens one by one."""
-    engine = session.engine
-    engine.rewind(0)
-    found = {}
-    for window in WINDOWS:
-        start = window - SCORED
-        engine.forward(ids[len(engine.tokens) : start - 1])
-        for budget in (*BUDGETS, ALL):  # the exact one last: what comes after builds on it
-            engine.budget = budget
-            engine.rewind(start - 1)
+def prefill(bench: Benchmark, work: Path, *, quick: bool) -> None:
+    """Reading a prompt exactly and block by block: seconds for 512 tokens in turns, and the perplexity of a window's
+    last `SCORED` tokens where it was read so, which are decoded exactly."""
+    engines = {name: Session.open(work / name).engine for name in ("exact", "sparse prefill")}
+    text = read_text(data("longctx/moby-dick.txt.gz"))
+    ids = open_tokenizer(open_checkpoint(work / "int4")).encode(text).ids
+    for context in (8192,) if quick else (8192, 32768):
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for name, engine in engines.items():
+            engine.budget = ALL
+            engine.forward(ids[20000 + len(engine.tokens) : 20000 + context - SCORED - 1])
+            clock, start = time.perf_counter(), len(engine.tokens)
             losses = []
-            for at in range(start - 1, window - 1):
-                logits = engine.forward([ids[at]])
-                losses.append(-float(log_likelihoods(logits[-1:], [ids[at + 1]])[0]))
-            found[window, budget] = float(np.mean(losses))
+            for at in range(start, start + SCORED):
+                logits = engine.forward([ids[20000 + at]])
+                losses.append(-float(log_likelihoods(logits[-1:], [ids[20000 + at + 1]])[0]))
+            note = f"one window of Moby-Dick, decoded in {time.perf_counter() - clock:.0f} s"
+            bench.value(f"perplexity at {context}, {name}", math.exp(np.mean(losses)), "ppl", n=SCORED, note=note)
+        for _ in range(3):
+            for name, engine in engines.items():
+                engine.rewind(context - 512)
+                clock = time.perf_counter()
+                engine.forward(ids[20000 + context - 512 : 20000 + context])
+                times[name].append(time.perf_counter() - clock)
+        for name in engines:
+            bench.samples(f"512 tokens before {context}, {name}", times[name], unit="s")
+
+
+def last_losses(sessions: Mapping[str, Session], others: Selected, ids: list[int]) -> dict[tuple[str, int, int], float]:
+    """Mean loss of the last `SCORED` tokens of each window, which all begin with ids[0], by method and budget: the
+    context is read once for each bundle, those tokens one by one."""
+    found = {}
+    for name, session in sessions.items():
+        engine = session.engine
+        engine.rewind(0)
+        for window in WINDOWS:
+            start = window - SCORED - 1
+            engine.forward(ids[len(engine.tokens) : start])
+            if name == "sparse":
+                for (method, pick), budget in itertools.product(METHODS.items(), BUDGETS):
+                    cache = engine.kept(start)
+                    loss = others.loss(cache, ids[:window], first=start, pick=pick, budget=budget)
+                    found[method, window, budget] = loss
+            for budget in (*BUDGETS, ALL):  # the exact one last: what comes after builds on it
+                engine.budget = budget
+                engine.rewind(start)
+                losses = []
+                for at in range(start, window - 1):
+                    logits = engine.forward([ids[at]])
+                    losses.append(-float(log_likelihoods(logits[-1:], [ids[at + 1]])[0]))
+                found[name, window, budget] = float(np.mean(losses))
     return found
 
 

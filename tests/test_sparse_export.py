@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import ek
 from kernel_cases import needs_library
 from tiny import tiny_folder
 
@@ -91,6 +92,64 @@ def test_codes_are_those_of_the_tokens_in_the_cache_after_a_rewind(bundle: Path)
 
 
 @needs_library
+@pytest.mark.parametrize(
+    "options",
+    [
+        SparseOptions.as_published(budget=48, dense_below=64),
+        SparseOptions(budget=48, dense_below=64, dense_layers=0, per_query_head=True),
+        SparseOptions(budget=48, dense_below=64, prefill_budget=64, dense_layers=0),
+    ],
+    ids=["adamas", "per query head", "sparse prefill"],
+)
+def test_other_forms_run_and_are_exact_with_the_whole_budget(
+    bundle: Path, tmp_path: Path, options: SparseOptions
+) -> None:
+    checkpoint = open_checkpoint(bundle.parent / "small")
+    scaling = ("yarn", 8.0)
+    made = {"dense": None, "sparse": options}
+    for name, sparse in made.items():
+        export(
+            checkpoint,
+            tmp_path / name,
+            target=find_target(host_target()),
+            context=1024,
+            rope_scaling=scaling,
+            sparse=sparse,
+            accept_drift=True,
+        )
+    engines = {name: Session.open(tmp_path / name, threads=1).engine for name in made}
+    ids = np.random.default_rng(2).integers(3, 300, 500).tolist()
+    for engine in engines.values():
+        engine.forward(ids[:499])
+    engines["sparse"].budget = 1 << 20
+    exact, same = (engine.forward(ids[-1:])[-1].copy() for engine in engines.values())
+    if options.prefill_budget:
+        assert 0 < np.abs(same - exact).max() < exact.std()
+    else:
+        assert np.array_equal(same, exact)
+    engines["sparse"].budget = 48
+    engines["sparse"].rewind(499)
+    assert 0 < np.abs(engines["sparse"].forward(ids[-1:])[-1] - exact).max() < 3 * exact.std()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prefill", "sparse"], "--prefill sparse is for --attention sparse"),
+        (["--attention", "adamas", "--prefill", "sparse"], "--prefill sparse is for --attention sparse"),
+        (["--budget", "9"], "are for --attention sparse"),
+        (["--target", "portable", "--cache", "int8"], "a cache in 8 bits needs our operators"),
+        (["--target", "npu-qnn", "--cache", "int8"], "are not for an NPU"),
+    ],
+)
+def test_the_command_line_says_what_does_not_go_together(tmp_path: Path, words: list[str], message: str) -> None:
+    done = ek("export", tiny_folder(tmp_path / "source", layers=1), "-o", tmp_path / "out", *words)
+    assert done.status == 2
+    assert message in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@needs_library
 @pytest.mark.parametrize("budget", [0, -1, 1 << 31])
 def test_a_budget_out_of_range_is_refused(bundle: Path, budget: int) -> None:
     with pytest.raises(UserError, match="budget must be at least 1"):
@@ -108,11 +167,17 @@ def test_sparse_attention_needs_our_operators(bundle: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{"budget": 0}, {"recent": 0}, {"sinks": -1}, {"dense_below": -1}, {"followers": -1}]
+    "options",
+    [{"budget": 0}, {"recent": 0}, {"sinks": -1}, {"dense_below": -1}, {"followers": -1}, {"prefill_budget": -1}],
 )
 def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match="of sparse attention must be from"):
         SparseOptions(**options)
+
+
+def test_adamas_has_no_followers() -> None:
+    with pytest.raises(UserError, match="followers must be 0 with adamas"):
+        SparseOptions(adamas=True)
 
 
 def test_a_spec_must_have_a_budget_with_its_sparse_layers_alone() -> None:

@@ -20,12 +20,23 @@ from edgekit.errors import UserError
 @click.option(
     "--rope-scaling", help="A longer context than the trained one: linear, ntk or yarn and a factor, as yarn:4."
 )
-@click.option("--attention", type=click.Choice(["dense", "sparse"]), default="dense", help="sparse: for long contexts.")
+@click.option(
+    "--attention",
+    type=click.Choice(["dense", "sparse", "adamas"]),
+    default="dense",
+    help="sparse: for long contexts; adamas: as that paper has it.",
+)
 @click.option(
     "--cache",
     type=click.Choice(["float16", "int8"]),
     default="float16",
     help="What keys and values are kept in: int8 takes half the memory.",
+)
+@click.option(
+    "--prefill",
+    type=click.Choice(["exact", "sparse"]),
+    default="exact",
+    help="sparse: prompts, too, are read with a part of what lies far before.",
 )
 @click.option("--budget", type=int, help="Positions that sparse attention attends to exactly; default 256.")
 @click.option("--dense-below", type=int, help="Contexts up to this length are attended exactly; default 1024.")
@@ -47,6 +58,7 @@ def export(
     rope_scaling: str | None,
     attention: str,
     cache: Literal["float16", "int8"],
+    prefill: str,
     budget: int | None,
     dense_below: int | None,
     calibration: Path | None,
@@ -65,7 +77,7 @@ def export(
     from edgekit.export.encoder import export_encoder
     from edgekit.export.export import export as run
     from edgekit.export.npu_export import export_npu
-    from edgekit.export.sparse import SparseOptions
+    from edgekit.export.sparse import PREFILL_BUDGET, SparseOptions
     from edgekit.export.targets import find_target, host_target, target_for
     from edgekit.model.encoder_config import is_encoder
     from edgekit.model.sources import open_model
@@ -77,7 +89,12 @@ def export(
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
     if attention == "dense" and (options or (calibration and not goal.provider)):
         raise UserError("--budget, --dense-below and --calibration are for --attention sparse")
-    sparse = SparseOptions(**options) if attention == "sparse" else None
+    if prefill == "sparse":
+        if attention != "sparse":
+            raise UserError("--prefill sparse is for --attention sparse")
+        options["prefill_budget"] = PREFILL_BUDGET
+    made = {"dense": lambda **_: None, "sparse": SparseOptions, "adamas": SparseOptions.as_published}
+    sparse = made[attention](**options)
     if wheelhouse and goal.arch != "aarch64":
         raise UserError(f"--wheelhouse is for Arm devices: the target is {goal.name}")
     text = read_text(calibration) if calibration else None

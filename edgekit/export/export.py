@@ -98,8 +98,10 @@ def export(
         if sparse is not None:
             if config.sliding_window:
                 raise UserError("sparse attention needs attention to the whole context: the model has a sliding window")
+            if sparse.adamas and config.head_dim & (config.head_dim - 1):
+                raise UserError(f"adamas needs heads of a power of two channels: the model's have {config.head_dim}")
             on_progress("calibrating sparse attention")
-            keys = _key_codes(checkpoint, folder, longest, calibration)
+            keys = _key_codes(checkpoint, folder, longest, calibration, adamas=sparse.adamas)
             layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys, cache=cache)
         elif native:
             layers = build_native_decoder(checkpoint, folder, context=longest, cache=cache)
@@ -178,11 +180,11 @@ def _starter(folder: Path, spec: DecoderSpec, device: Device | None, *, wheelhou
     return tuple(rows)
 
 
-def _key_codes(checkpoint: Checkpoint, folder: Path, context: int, text: str | None) -> list[KeyCode]:
+def _key_codes(checkpoint: Checkpoint, folder: Path, context: int, text: str | None, *, adamas: bool) -> list[KeyCode]:
     """Calibrate on a text, or on one that the exact graph writes, which is built in `folder` and taken away again."""
     tokenizer = open_tokenizer(checkpoint)
     if text is not None:
-        return calibrate(checkpoint, tokenizer.encode(text).ids[: min(context, TOKENS)], context=context)
+        return calibrate(checkpoint, tokenizer.encode(text).ids[: min(context, TOKENS)], context=context, adamas=adamas)
     tokens = min(context, WRITTEN)
     layers = build_native_decoder(checkpoint, folder, context=tokens)
     config = checkpoint.decoder
@@ -201,7 +203,7 @@ def _key_codes(checkpoint: Checkpoint, folder: Path, context: int, text: str | N
     ids = written_text(engine, tokenizer.encode(PROMPTS[0]).ids[:tokens], tokens=tokens)
     for name in (MODEL, WEIGHTS):
         (folder / name).unlink()
-    return calibrate(checkpoint, ids, context=context)
+    return calibrate(checkpoint, ids, context=context, adamas=adamas)
 
 
 def _check(

@@ -125,6 +125,8 @@ class _NativeDecoder:
             options = self.sparse
             further |= {"sinks": options.sinks, "recent": options.recent, "followers": options.followers}
             further |= {"dense_below": options.dense_below}
+            further |= {"per_query_head": int(options.per_query_head), "adamas": int(options.adamas)}
+            further["prefill_budget"] = options.prefill_budget
         return self.graph.node(
             attention_op(normed=normed, sparse=cache.sparse, int8=self.int8),
             [

@@ -36,6 +36,7 @@ from edgekit.weight import Floats
 TOKENS = 2048  # of a calibration text
 WRITTEN = 1024  # where the model writes it
 FEWEST = 256
+PREFILL_BUDGET = 2048  # far positions that a tile of a prompt attends to, where prompts are read sparsely
 STEPS = (0.3352, 0.9957)  # of 4-bit and 2-bit codes of a normal variable, in deviations: Max, IRE Trans. IT-6 (1960)
 
 
@@ -46,7 +47,9 @@ class SparseOptions:
     budget: positions that a token attends to exactly, unless the runtime is told otherwise. recent and sinks: the
     newest and first positions, which are always among them. followers: how many further positions count with their own
     values, but estimated weights. dense_layers: layers at the beginning that stay exact.
-    dense_below: contexts up to this length are attended exactly. Raises UserError for a value out of range.
+    dense_below: contexts up to this length are attended exactly. per_query_head: each query head selects for itself,
+    not its group together. prefill_budget: how many far positions
+    prompts are read with, by blocks of 64; 0: all. Raises UserError for a value out of range.
     """
 
     budget: int = 256
@@ -55,18 +58,40 @@ class SparseOptions:
     followers: int = 192
     dense_layers: int = 2
     dense_below: int = 1024
+    per_query_head: bool = False
+    adamas: bool = False
+    prefill_budget: int = 0
+
+    @classmethod
+    def as_published(cls, *, budget: int = 256, dense_below: int = 1024) -> SparseOptions:
+        """Adamas: the newest position and those of the nearest codes, for each query head, and nothing else."""
+        return cls(
+            budget=budget,
+            recent=1,
+            sinks=0,
+            followers=0,
+            dense_below=dense_below,
+            per_query_head=True,
+            adamas=True,
+        )
 
     def __post_init__(self) -> None:
         rules = (("budget", 1), ("recent", 1), ("sinks", 0), ("followers", 0), ("dense_layers", 0), ("dense_below", 0))
+        rules = (*rules, ("prefill_budget", 0))
         for name, least in rules:
             value = getattr(self, name)
             if not least <= value <= 1 << 20:
                 raise UserError(f"{name} of sparse attention must be from {least} to {1 << 20}: got {value}")
+        if self.adamas and self.followers:
+            raise UserError(
+                f"followers must be 0 with adamas, which drops what it does not select: got {self.followers}"
+            )
 
 
 @dataclass(frozen=True)
 class KeyCode:
-    """Of one layer: center (kv_heads, d), encoder E^T and decoder D^T (kv_heads, d, coded channels), float32."""
+    """Of one layer: center (kv_heads, d), encoder E^T and decoder D^T (kv_heads, d, coded channels), float32. For
+    adamas the center holds the thresholds (kv_heads, 2) of queries and keys, and the others nothing."""
 
     center: Floats
     encoder: Floats
@@ -84,7 +109,7 @@ def written_text(engine: Engine, prompt: Sequence[int], *, tokens: int) -> list[
     return ids
 
 
-def calibrate(checkpoint: Checkpoint, ids: Sequence[int], *, context: int) -> list[KeyCode]:
+def calibrate(checkpoint: Checkpoint, ids: Sequence[int], *, context: int, adamas: bool = False) -> list[KeyCode]:
     """The codes of every layer, from a text's tokens, for a context of `context` positions.
 
     Raises UserError when they are too few, ModelError when keys are not numbers or all alike.
@@ -101,7 +126,8 @@ def calibrate(checkpoint: Checkpoint, ids: Sequence[int], *, context: int) -> li
         if not (differ and np.isfinite(k).all() and np.isfinite(q).all()):
             raise ModelError(f"keys must be numbers that differ: those of layer {layer} are not; is the model damaged?")
         groups = q.reshape(len(k), -1, q.shape[2])  # the queries of each key-value head
-        found.append(KeyCode(*map(np.stack, zip(*map(key_code, groups, k), strict=True))))
+        make = thresholds if adamas else key_code
+        found.append(KeyCode(*map(np.stack, zip(*map(make, groups, k), strict=True))))
 
     watch_heads(checkpoint, ids, watch)
     return found
@@ -129,3 +155,9 @@ def key_code(q: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
         (encoder / step[:, None]).T.astype(np.float32),
         (decoder * step[:, None]).T.astype(np.float32),
     )
+
+
+def thresholds(q: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
+    """The thresholds of Adamas's codes, from queries (m, d) and keys (n, d) of a key-value head, and nothing twice."""
+    half = [0.5 * sparse.hadamard(x).std() for x in (q, k)]
+    return np.array(half, np.float32), np.zeros(1, np.float32), np.zeros(1, np.float32)

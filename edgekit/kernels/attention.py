@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.kernels import sparse
+from edgekit.kernels import sparse, sparse_adamas, sparse_prefill
 from edgekit.kernels.reference import STEPS, rms_norm, round_rows, rounded
 from edgekit.weight import Bytes, Floats, Halves, SignedBytes
 
@@ -102,11 +102,14 @@ def hadamard_sparse_attention(
     *calibrated: Array,
     **attributes: Any,
 ) -> tuple[Array, ...]:
-    """`attention` for several tokens; for one token at a length above `dense_below` and `budget`, `sparse.attend`.
+    """`attention` for several tokens, or with a prefill_budget `sparse_prefill`; for one token at a length above
+    `dense_below` and `budget`, `sparse.attend`.
 
     past_codes (1, kv_num_heads, bytes) and past_means (1, kv_num_heads, bytes) summarise the cache in the layout of
     `edgekit.kernels.sparse`. `calibrated` are last, cos, sin, center, encoder, decoder and budget: center
     (kv_num_heads, head_dim), encoder and decoder (kv_num_heads, head_dim, coded channels) each, which is transposed.
+    With the attribute `adamas` it is `sparse_adamas.attend`, center holds the thresholds (kv_num_heads, 2) of queries
+    and keys, and encoder and decoder nothing. With `per_query_head` each query head selects for itself, else a group.
     """
     return _sparse(qkv, (past_key, past_value), (past_codes, past_means), *calibrated, **attributes)
 
@@ -182,6 +185,7 @@ def _dense(
     local_window_size: int,
     epsilon: float = 0.0,
     norms: tuple[Floats, Floats] | None = None,
+    away: NDArray[np.bool_] | None = None,
 ) -> tuple[Array, ...]:
     q, k, v = _heads(qkv, num_heads, kv_num_heads, head_dim)
     if norms is not None:
@@ -194,6 +198,8 @@ def _dense(
     scores = asked(q, cache) @ keys.swapaxes(1, 2) / np.sqrt(head_dim)
     distance = position[:, None] - np.arange(total)
     scores[:, (distance < 0) | (distance >= (local_window_size if local_window_size > 0 else total))] = -np.inf
+    if away is not None:  # (heads, T, total): attended by none
+        scores[away] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     y = (weights / weights.sum(-1, keepdims=True)) @ values  # (heads, T, head_dim)
     return y.swapaxes(0, 1).reshape(1, tokens, len(q) * head_dim).astype(np.float32), *present
@@ -211,45 +217,54 @@ def _sparse(
     decoder: Floats,
     budget: NDArray[np.int32],
     *,
+    dense_below: int,
+    per_query_head: int,
+    adamas: int,
+    prefill_budget: int,
     sinks: int,
     recent: int,
     followers: int,
-    dense_below: int,
     **sizes: Any,
 ) -> tuple[Array, ...]:
-    y, *present = _dense(qkv, cache, last, cos, sin, **sizes)
     kv_heads, head_dim = sizes["kv_num_heads"], sizes["head_dim"]
     tokens, total, positions = qkv.shape[1], int(last.reshape(())) + 1, int(budget.reshape(()))
-    place = np.arange(total - tokens, total)
+    first, place = total - tokens, np.arange(total - tokens, total)
     q, k, _ = _heads(qkv, sizes["num_heads"], kv_heads, head_dim)
     q, k = rotated(q, cos[place], sin[place]), rotated(k, cos[place], sin[place])
-    keys, values = (part.astype(np.float32) for part in read_cache(present, total))
     codes, means = (part.copy() for part in summaries)
-    center = center.reshape(kv_heads, head_dim)
-    shape = (kv_heads, head_dim, sparse.coded_channels(head_dim))
-    encoder, decoder = encoder.reshape(shape), decoder.reshape(shape)
-    for head in range(kv_heads):
-        coded = sparse.encode(k[head], center[head], encoder[head].T)
-        sparse.store(codes[0, head], coded, total - tokens, head_dim=head_dim)
-        sparse.average(means[0, head], values[head], total - tokens)
-    if tokens == 1 and total > max(dense_below, positions):
-        queries, near = (np.split(x[:, 0], kv_heads) for x in (q, asked(q, cache)))
-        found = [
-            sparse.attend(
-                queries[head],
-                near[head],
-                keys[head],
-                values[head],
-                sparse.load(codes[0, head], total, head_dim=head_dim),
-                sparse.load_means(means[0, head], head_dim),
-                center[head],
-                decoder[head].T,
-                budget=positions,
-                sinks=sinks,
-                recent=recent,
-                followers=followers,
+    center = center.reshape(kv_heads, -1)
+    away = np.zeros((kv_heads, tokens, total), bool)
+    for head, queries in enumerate(np.split(q, kv_heads)):
+        if adamas:
+            sparse_adamas.store(codes[0, head], sparse_adamas.code(k[head], center[head, 1]), first)
+            continue
+        coded = sparse.encode(k[head], center[head], encoder.reshape(kv_heads, head_dim, -1)[head].T)
+        sparse.store(codes[0, head], coded, first, head_dim=head_dim)
+        if prefill_budget and tokens > 1:
+            known = sparse.load(codes[0, head], total, head_dim=head_dim)
+            decoded = decoder.reshape(kv_heads, head_dim, -1)[head].T
+            away[head] = sparse_prefill.hidden(
+                queries, known, center[head], decoded, first=first, budget=prefill_budget
             )
-            for head in range(kv_heads)
-        ]
+    y, *present = _dense(qkv, cache, last, cos, sin, away=away.repeat(len(q) // kv_heads, axis=0), **sizes)
+    keys, values = (part.astype(np.float32) for part in read_cache(present, total))
+    for head in range(0 if adamas else kv_heads):
+        sparse.average(means[0, head], values[head], first)
+    if tokens == 1 and total > max(dense_below, positions):
+        forced = {"budget": positions, "sinks": sinks, "recent": recent}
+        shared = 1 if per_query_head else len(q) // kv_heads  # query heads that share what is selected
+        found = []
+        for first in range(0, len(q), shared):
+            head = first * kv_heads // len(q)
+            asking = (q[first : first + shared, 0], asked(q, cache)[first : first + shared, 0])
+            known = (keys[head], values[head])
+            if adamas:
+                coded = sparse_adamas.load(codes[0, head], total, head_dim)
+                found.append(sparse_adamas.attend(*asking, *known, coded, center[head, 0], **forced))
+            else:
+                coded = sparse.load(codes[0, head], total, head_dim=head_dim)
+                summary = coded, sparse.load_means(means[0, head], head_dim), center[head]
+                decoded = decoder.reshape(kv_heads, head_dim, -1)[head].T
+                found.append(sparse.attend(*asking, *known, *summary, decoded, followers=followers, **forced))
         y = np.concatenate(found).reshape(1, 1, -1)
     return y, *present, codes, means

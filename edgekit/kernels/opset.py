@@ -29,7 +29,7 @@ VERSION = 1
 _WEIGHTS = ("codes", "scales", "zeros", "minima")
 _MATRIX = ("N", "K", "bits", "block")
 _HEADS = ("num_heads", "kv_num_heads", "head_dim", "local_window_size")
-_SPARSE_HEADS = (*_HEADS, "sinks", "recent", "followers", "dense_below")
+_SPARSE_HEADS = (*_HEADS, "sinks", "recent", "followers", "dense_below", "per_query_head", "adamas", "prefill_budget")
 
 
 @dataclass(frozen=True)

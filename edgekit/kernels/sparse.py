@@ -62,7 +62,7 @@ def hadamard(x: Floats) -> Floats:
     """x times the normalised Hadamard matrix of its last axis, whose length is a power of two."""
     y, half = x.copy(), 1
     while half < x.shape[-1]:
-        pairs = y.reshape(*y.shape[:-1], -1, 2, half)
+        pairs = y.reshape(*y.shape[:-1], y.shape[-1] // (2 * half), 2, half)
         y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
         half *= 2
     scaled: Floats = y / np.sqrt(np.float32(x.shape[-1]))

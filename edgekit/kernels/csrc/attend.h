@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "path.h"
+#include "prefill.h"
 #include "select.h"
 #include "session.h"
 #include "work.h"
@@ -100,20 +101,23 @@ class Attend {
           rotate(row + q_width + h * d, c, s, k_norm_, key);
           keep(key, cache.keys_from(h, first + t));
           keep(row + q_width + (kv_heads_ + h) * d, cache.values_from(h, first + t));
-          if (form_.sparse) {
+          if (form_.sparse && sparse_.adamas) {
+            path().planes(key, d, read(sparse_.center + 2 * h + 1),
+                          summary.codes + h * summary.code_bytes + (first + t) * d / 4);
+          } else if (form_.sparse) {
             float spread[Selection::kWidest];
             path().encode(sparse_.coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
           }
         }
       }
     });
-    if (form_.sparse) average(context, cache, first, total, summary);
+    if (form_.sparse && !sparse_.adamas) average(context, cache, first, total, summary);
     if (form_.sparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
       select(context, q, cache, total, summary, out);
     } else if (tokens == 1) {
       decode(context, q, cache, total, out);
     } else {
-      prefill(context, q, cache, first, tokens, out);
+      prefill(context, q, cache, first, tokens, summary, out);
     }
   }
 
@@ -130,11 +134,22 @@ class Attend {
     s.recent = info.integer("recent", 1, 1 << 20);
     s.followers = info.integer("followers", 0, 1 << 20);
     dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
+    prefill_budget_ = info.integer("prefill_budget", 0, 1 << 20);
     if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
+    const size_t center = sine_input() + 1;
+    s.heads = info.integer("per_query_head", 0, 1) ? 1 : group_;
+    s.adamas = info.integer("adamas", 0, 1) != 0;
+    if (s.adamas) {
+      if (head_dim_ & (head_dim_ - 1)) fail("head_dim must be a power of two for adamas: got %lld", (long long)head_dim_);
+      if (prefill_budget_ > 0) fail("prefill_budget must be 0 for adamas: got %lld", (long long)prefill_budget_);
+      if (s.followers > 0) fail("followers must be 0 for adamas, which drops what it does not select: got %lld", (long long)s.followers);
+      s.channels = head_dim_ / 4;  // bytes
+      s.center = info.constant(center, "center", ort::kFloat, 2 * kv_heads_).as<float>();
+      return;
+    }
     s.fine = head_dim_ / 64 * kLanes;
     s.channels = head_dim_ - s.fine;
     const int64_t size = kv_heads_ * head_dim_;
-    const size_t center = sine_input() + 1;
     s.center = info.constant(center, "center", ort::kFloat, size).as<float>();
     s.encoder = info.constant(center + 1, "encoder", ort::kFloat, size * s.channels).as<float>();
     s.decoder = info.constant(center + 2, "decoder", ort::kFloat, size * s.channels).as<float>();
@@ -218,15 +233,15 @@ class Attend {
   // with their estimated weights, the next ones with their own values, the rest with their pages' means.
   void select(const Context& context, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out) const {
     const Selection selection(sparse_, q, cache, total, s);
-    const int64_t segments = selection.segments();
-    const auto count = static_cast<size_t>(kv_heads_ * segments);
-    // Who estimates a head's last segment also chooses.
-    int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(kv_heads_));
-    std::fill(left, left + kv_heads_, segments);
+    const int64_t segments = selection.segments(), units = sparse_.units();
+    const auto count = static_cast<size_t>(units * segments);
+    // Who estimates a unit's last segment also chooses.
+    int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(units));
+    std::fill(left, left + units, segments);
     context.parallel(count, [&](size_t i) {
-      const int64_t head = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
-      path().estimate(selection.task(head, segment));
-      if (__atomic_sub_fetch(left + head, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(head);
+      const int64_t unit = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
+      selection.estimate(unit, segment);
+      if (__atomic_sub_fetch(left + unit, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(unit);
     });
     context.parallel(count, [&](size_t i) {
       selection.attend(static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments);
@@ -251,7 +266,8 @@ class Attend {
     }
   }
 
-  void prefill(const Context& context, const float* q, const Cache& cache, int64_t first, int64_t tokens, float* out) const {
+  void prefill(const Context& context, const float* q, const Cache& cache, int64_t first, int64_t tokens,
+               const Summary& summary, float* out) const {
     constexpr int64_t kTokens = 64;
     const int64_t parts = (tokens + kTokens - 1) / kTokens, width = kv_heads_ * group_ * head_dim_;
     context.parallel(static_cast<size_t>(kv_heads_ * parts), [&](size_t i) {
@@ -271,6 +287,12 @@ class Attend {
       task.window = window_;
       task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
       task.scratch = scratch<float, Use::kScores>(attention_scratch(kTokens, group_, head_dim_));
+      if (prefill_budget_ > 0) {
+        auto* blocks = scratch<int32_t, Use::kPlaces>(static_cast<size_t>((first + tokens) / kKeyBlock + 2));
+        task.block_count = choose_blocks(sparse_, task.q, width, task.tokens, task.first, head, summary,
+                                         prefill_budget_ / kKeyBlock, blocks);
+        if (task.block_count > 0) task.blocks = blocks;
+      }
       path().attend(task);
     });
   }
@@ -325,69 +347,11 @@ class Attend {
   }
 
   AttentionForm form_;
-  int64_t kv_heads_, group_, head_dim_, window_, dense_below_ = 0;
+  int64_t kv_heads_, group_, head_dim_, window_, dense_below_ = 0, prefill_budget_ = 0;
   SparseShape sparse_{};
   float epsilon_ = 0.0f;
   const float* q_norm_ = nullptr;
   const float* k_norm_ = nullptr;
-};
-
-constexpr ort::Type kF = ort::kFloat, kH = ort::kHalf, kI = ort::kInt32, kB = ort::kInt8, kU = ort::kUint8;
-
-struct Attention : Attend {
-  explicit Attention(const Info& info) : Attend(info, {false, false, false}) {}
-  static constexpr const char* kName = "Attention";
-  static constexpr ort::Type kInputs[] = {kF, kH, kH, kI, kF, kF};
-  static constexpr ort::Type kOutputs[] = {kF, kH, kH};
-};
-
-struct NormAttention : Attend {
-  explicit NormAttention(const Info& info) : Attend(info, {true, false, false}) {}
-  static constexpr const char* kName = "NormAttention";
-  static constexpr ort::Type kInputs[] = {kF, kH, kH, kI, kF, kF, kF, kF};
-  static constexpr ort::Type kOutputs[] = {kF, kH, kH};
-};
-
-struct HadamardSparseAttention : Attend {
-  explicit HadamardSparseAttention(const Info& info) : Attend(info, {false, true, false}) {}
-  static constexpr const char* kName = "HadamardSparseAttention";
-  static constexpr ort::Type kInputs[] = {kF, kH, kH, kU, kU, kI, kF, kF, kF, kF, kF, kI};
-  static constexpr ort::Type kOutputs[] = {kF, kH, kH, kU, kU};
-};
-
-struct NormHadamardSparseAttention : Attend {
-  explicit NormHadamardSparseAttention(const Info& info) : Attend(info, {true, true, false}) {}
-  static constexpr const char* kName = "NormHadamardSparseAttention";
-  static constexpr ort::Type kInputs[] = {kF, kH, kH, kU, kU, kI, kF, kF, kF, kF, kF, kI, kF, kF};
-  static constexpr ort::Type kOutputs[] = {kF, kH, kH, kU, kU};
-};
-
-struct AttentionInt8 : Attend {
-  explicit AttentionInt8(const Info& info) : Attend(info, {false, false, true}) {}
-  static constexpr const char* kName = "AttentionInt8";
-  static constexpr ort::Type kInputs[] = {kF, kB, kB, kH, kI, kF, kF};
-  static constexpr ort::Type kOutputs[] = {kF, kB, kB, kH};
-};
-
-struct NormAttentionInt8 : Attend {
-  explicit NormAttentionInt8(const Info& info) : Attend(info, {true, false, true}) {}
-  static constexpr const char* kName = "NormAttentionInt8";
-  static constexpr ort::Type kInputs[] = {kF, kB, kB, kH, kI, kF, kF, kF, kF};
-  static constexpr ort::Type kOutputs[] = {kF, kB, kB, kH};
-};
-
-struct HadamardSparseAttentionInt8 : Attend {
-  explicit HadamardSparseAttentionInt8(const Info& info) : Attend(info, {false, true, true}) {}
-  static constexpr const char* kName = "HadamardSparseAttentionInt8";
-  static constexpr ort::Type kInputs[] = {kF, kB, kB, kH, kU, kU, kI, kF, kF, kF, kF, kF, kI};
-  static constexpr ort::Type kOutputs[] = {kF, kB, kB, kH, kU, kU};
-};
-
-struct NormHadamardSparseAttentionInt8 : Attend {
-  explicit NormHadamardSparseAttentionInt8(const Info& info) : Attend(info, {true, true, true}) {}
-  static constexpr const char* kName = "NormHadamardSparseAttentionInt8";
-  static constexpr ort::Type kInputs[] = {kF, kB, kB, kH, kU, kU, kI, kF, kF, kF, kF, kF, kI, kF, kF};
-  static constexpr ort::Type kOutputs[] = {kF, kB, kB, kH, kU, kU};
 };
 
 }  // namespace

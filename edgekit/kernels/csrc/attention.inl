@@ -10,7 +10,6 @@
 namespace edgekit {
 namespace {
 
-constexpr int kKeyBlock = 64;
 constexpr int kHeadsAtOnce = 4;
 constexpr float kHidden = -1e30f;
 
@@ -136,7 +135,7 @@ void widen_block(const Rows& from, int64_t count, int64_t head_dim, float* to) {
 
 // Sixteen query rows against one block of keys: scores[j] has a lane for each row.
 void block_scores(const float* q, const float* keys, int64_t head_dim, float* scores) {
-  for (int j = 0; j < kKeyBlock; j += kAtOnce) {
+  for (int64_t j = 0; j < kKeyBlock; j += kAtOnce) {
     Floats acc[kAtOnce];
     for (int k = 0; k < kAtOnce; ++k) acc[k] = zeros();
     for (int64_t d = 0; d < head_dim; ++d) {
@@ -159,7 +158,7 @@ void block_values(const float* weights, const float* values, const float* shrink
         acc[i][0] = mul(load(out + (r + i) * head_dim + d), factor);
         acc[i][1] = both ? mul(load(out + (r + i) * head_dim + d + kLanes), factor) : zeros();
       }
-      for (int j = 0; j < kKeyBlock; ++j) {
+      for (int64_t j = 0; j < kKeyBlock; ++j) {
         const Floats v0 = load(values + j * head_dim + d);
         const Floats v1 = both ? load(values + j * head_dim + d + kLanes) : zeros();
         for (int i = 0; i < kRows; ++i) {
@@ -218,7 +217,9 @@ void attend(const AttentionTask& t) {
   const int64_t end = t.first + t.tokens;
   int64_t begin = t.window > 0 && t.first >= t.window ? t.first - t.window + 1 : 0;
   begin -= begin % kKeyBlock;
-  for (int64_t from = begin; from < end; from += kKeyBlock) {
+  for (int64_t i = 0, from = begin;; ++i) {
+    from = t.blocks ? (i < t.block_count ? t.blocks[i] * kKeyBlock : end) : begin + i * kKeyBlock;
+    if (from >= end) break;
     const int64_t count = end - from < kKeyBlock ? end - from : kKeyBlock;
     widen_block(t.keys.from(from, d), count, d, keys);
     widen_block(t.values.from(from, d), count, d, values);
@@ -229,7 +230,7 @@ void attend(const AttentionTask& t) {
       const Floats top = hide_and_peak(scores, at, from, t.window, load(maxima + g * kLanes));
       const Floats before = load(maxima + g * kLanes), shrink = exponential(sub(before, top));
       Floats total = mul(load(sums + g * kLanes), shrink);
-      for (int j = 0; j < kKeyBlock; ++j) {
+      for (int64_t j = 0; j < kKeyBlock; ++j) {
         const Floats weight = exponential(sub(load(scores + j * kLanes), top));
         store(scores + j * kLanes, weight);
         total = add(total, weight);

@@ -6,7 +6,7 @@
 #include <iterator>
 #include <vector>
 
-#include "attend.h"
+#include "attention_ops.h"
 #include "path.h"
 #include "session.h"
 #include "work.h"

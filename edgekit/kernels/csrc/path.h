@@ -97,6 +97,8 @@ struct Rows {
   }
 };
 
+constexpr int64_t kKeyBlock = 64;  // keys that many tokens attend to at once
+
 // The query heads of one key-value head, many tokens: see attention.inl. Lengths are in elements.
 struct AttentionTask {
   const float* q;  // [tokens][q_stride]: rotated queries of the group's heads, heads * head_dim of each row
@@ -111,11 +113,13 @@ struct AttentionTask {
   int64_t window;  // attend to the last `window` positions only; 0: to all
   float scale;
   float* scratch;  // attention_scratch(...) floats
+  const int32_t* blocks = nullptr;  // of kKeyBlock keys, to attend to no others, in ascending order; null: all
+  int64_t block_count = 0;
 };
 
 constexpr int64_t attention_scratch(int64_t tokens, int64_t heads, int64_t head_dim) {
   const int64_t rows = (tokens * heads + kLanes - 1) / kLanes * kLanes;
-  return 2 * 64 * head_dim + 2 * 64 * kLanes + rows * (2 * head_dim + 3) + kLanes;
+  return 2 * kKeyBlock * head_dim + 2 * kKeyBlock * kLanes + rows * (2 * head_dim + 3) + kLanes;
 }
 
 // The same for one token and a stretch of the cache; leaves sums that several stretches can be joined from.
@@ -222,6 +226,9 @@ struct Path {
                  int64_t head_dim, float* out);
   // A row as whole numbers of -127..127; returns their scale.
   uint16_t (*round_row)(const float* x, int64_t count, int8_t* codes);
+  // See adamas.inl: planes of a key or query; the weights of blocks by their codes' distances.
+  void (*planes)(float* x, int64_t head_dim, float threshold, uint8_t* out);
+  void (*distances)(const SparseTask& task);
   // See peak.inl.
   int64_t (*near_peak)(const float* x, int64_t count, float peak, float factor, float floor, int32_t* indices,
                        float* weights, double* total);

@@ -13,11 +13,13 @@
 #include "attention.inl"
 #include "amx_attention.inl"
 #include "sparse.inl"
+#include "adamas.inl"
 #include "peak.inl"
 
 namespace edgekit {
 constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, planes, distances,
+                     near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit
 

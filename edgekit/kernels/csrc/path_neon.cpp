@@ -11,11 +11,13 @@
 #include "linear.inl"
 #include "attention.inl"
 #include "sparse.inl"
+#include "adamas.inl"
 #include "peak.inl"
 
 namespace edgekit {
 constexpr Path kPath{"neon", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, near_peak};
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, planes, distances,
+                     near_peak};
 extern const Path* const kNeon = &kPath;
 }  // namespace edgekit
 

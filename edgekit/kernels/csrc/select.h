@@ -35,14 +35,17 @@ struct SparseShape {
   int64_t kv_heads, group, head_dim;
   int64_t sinks, recent, followers;
   int64_t channels, fine;
+  bool adamas;    // as published: center holds [kv_heads] thresholds of queries and of keys, and there is no tail
+  int64_t heads;  // query heads that share a selection: the group, or one
   const float *center, *encoder, *decoder;
+  int64_t units() const { return kv_heads * group / heads; }  // selections
   KeyCoder coder(int64_t head) const {
     const int64_t at = head * head_dim;
     return {center + at, encoder + at * channels, decoder + at * channels, head_dim, channels, fine};
   }
 };
 
-// The blocks are cut into segments, by the length alone, so that results do not depend on the number of threads.
+// A unit is `heads` query heads of one key-value head, which share what is selected. Blocks are cut into segments, by the length alone, so that results do not depend on the number of threads.
 // Memory belongs to the thread that made the selection, which waits for the others.
 class Selection {
  public:
@@ -55,34 +58,118 @@ class Selection {
         exact_(summary.budget - (total - recent_) - sinks_),
         following_((s_.followers + kLanes - 1) / kLanes * kLanes),
         scale_(1.0f / std::sqrt(static_cast<float>(s_.head_dim))) {
-    const auto heads = static_cast<size_t>(s_.kv_heads * s_.group), kv_heads = static_cast<size_t>(s_.kv_heads);
+    const auto heads = static_cast<size_t>(s_.kv_heads * s_.group), units = static_cast<size_t>(s_.units());
     codes_ = scratch<int8_t, Use::kCodes>(heads * s_.channels);
     factors_ = scratch<float, Use::kScales>(2 * heads);
     weights_ = scratch<float, Use::kScores>(heads * stride());
     blockwise_ = scratch<float, Use::kSums>(3 * heads * blocks_);
     whole_ = scratch<float, Use::kWholes>(heads);
-    places_ = scratch<int32_t, Use::kPlaces>(kv_heads * (exact_ + following_));
+    places_ = scratch<int32_t, Use::kPlaces>(units * (exact_ + following_));
     kept_ = scratch<float, Use::kTails>(heads * following_);
-    found_ = scratch<int64_t, Use::kFound>(2 * kv_heads);
-    parts_ = scratch<float, Use::kPartials>(kv_heads * (2 * segments_ + 2) * part_size());
+    found_ = scratch<int64_t, Use::kFound>(2 * units);
+    parts_ = scratch<float, Use::kPartials>(units * (2 * segments_ + 2) * part_size());
     for (int64_t h = 0; h < s_.kv_heads * s_.group; ++h) {
       float spread[kWidest];
-      path().encode_query(s_.coder(h / s_.group), q + h * s_.head_dim, scale_, spread, codes_ + h * s_.channels,
-                          factors_ + h, factors_ + heads + h);
+      const float* query = q + h * s_.head_dim;
+      int8_t* codes = codes_ + h * s_.channels;
+      if (s_.adamas) {
+        std::copy(query, query + s_.head_dim, spread);
+        path().planes(spread, s_.head_dim, read(s_.center + 2 * (h / s_.group)), reinterpret_cast<uint8_t*>(codes));
+      } else {
+        path().encode_query(s_.coder(h / s_.group), query, scale_, spread, codes, factors_ + h, factors_ + heads + h);
+      }
     }
   }
 
   int64_t segments() const { return segments_; }
 
-  SparseTask task(int64_t head, int64_t segment) const {
-    const int64_t first = head * s_.group, heads = s_.kv_heads * s_.group;
+  void estimate(int64_t unit, int64_t segment) const {
+    if (s_.adamas) return path().distances(task(unit, segment));
+    path().estimate(task(unit, segment));
+  }
+
+  // The window and the sinks exactly, then each head's whole, and what is selected.
+  void choose(int64_t unit) const {
+    const SparseTask t = task(unit, 0);
+    exactly(unit, keys_from(unit, 0), values_from(unit, 0), sinks_, sink_part(unit));
+    exactly(unit, keys_from(unit, recent_), values_from(unit, recent_), total_ - recent_, sink_part(unit) + part_size());
+    if (s_.adamas) {
+      std::fill(const_cast<float*>(t.gains), const_cast<float*>(t.gains) + t.heads * blocks_, 1.0f);
+      std::fill(whole_ + unit * t.heads, whole_ + (unit + 1) * t.heads, kNone);
+    } else {
+      find_wholes(t, unit);
+    }
+    SparseChoice c{};
+    c.exact_count = exact_;
+    c.following_count = s_.followers;
+    c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride()));
+    c.highest = scratch<float, Use::kHighest>(static_cast<size_t>(stride()));
+    c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride()));
+    c.exact = places(unit);
+    c.following = c.exact + exact_;
+    c.kept = kept_ + unit * t.heads * following_;
+    c.kept_stride = following_;
+    c.exact_found = found_ + 2 * unit;
+    c.following_found = c.exact_found + 1;
+    path().select(t, c);
+  }
+
+  // What is left of a segment by its shares, and what was chosen there exactly.
+  void attend(int64_t unit, int64_t segment) const {
+    SparseTask t = task(unit, segment);
+    const int64_t d = t.head_dim;
+    float pages[kMostHeads * kLanes];
+    t.out = tail_part(unit, segment);
+    t.totals = t.out + t.heads * d;
+    t.pages = t.heads <= kMostHeads ? pages : scratch<float, Use::kPages>(static_cast<size_t>(t.heads * kLanes));
+    if (s_.adamas) {
+      std::fill(t.out, t.out + part_size(), 0.0f);
+    } else {
+      path().weigh(t);
+      follow(t, unit);
+    }
+    const auto [from, to] = inside(t, places(unit), found_[2 * unit]);
+    const int64_t count = to - from, row_bytes = cache_.keys.bytes(d);
+    auto* rows = scratch<uint8_t, Use::kGathered>(static_cast<size_t>(2 * count * row_bytes));
+    auto* scales = scratch<uint16_t, Use::kRowScales>(static_cast<size_t>(2 * count));
+    const int32_t* at = places(unit) + from;
+    const Rows keys = gathered(keys_from(unit, 0), at, count, rows, scales);
+    const Rows values = gathered(values_from(unit, 0), at, count, rows + count * row_bytes, scales + count);
+    exactly(unit, keys, values, count, t.out + part_size());
+  }
+
+  // A head's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
+  void join(int64_t h, float* out) const {
+    const int64_t d = s_.head_dim, unit = h / s_.heads, own = h % s_.heads;
+    const float *tails = tail_part(unit, 0), *sums = tails + s_.heads * d + own;
+    float top = whole_[h], total = 0.0f;
+    const auto is_tail = [&](int64_t i) { return i < 2 * segments_ && i % 2 == 0; };
+    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
+      if (!is_tail(i)) top = std::max(top, sums[i * part_size()]);
+    }
+    std::fill(out, out + d, 0.0f);
+    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
+      const float* part = tails + i * part_size();
+      const float maximum = part[s_.heads * d + own], sum = part[s_.heads * (d + 1) + own];
+      const float factor = std::exp((is_tail(i) ? whole_[h] : maximum) - top);
+      total += factor * (is_tail(i) ? maximum : sum);
+      for (int64_t c = 0; c < d; ++c) out[c] += factor * part[own * d + c];
+    }
+    for (int64_t c = 0; c < d; ++c) out[c] /= total;
+  }
+
+  static constexpr int64_t kWidest = 1024;
+
+ private:
+  SparseTask task(int64_t unit, int64_t segment) const {
+    const int64_t first = unit * s_.heads, heads = s_.kv_heads * s_.group, head = first / s_.group;
     SparseTask t{};
     t.q_codes = codes_ + first * s_.channels;
     t.factors = factors_ + first;
     t.constants = factors_ + heads + first;
     t.codes = summary_.codes + head * summary_.code_bytes;
     t.means = summary_.means + head * summary_.blocks * mean_bytes(s_.head_dim);
-    t.heads = s_.group;
+    t.heads = s_.heads;
     t.head_dim = s_.head_dim;
     t.channels = s_.channels;
     t.fine = s_.fine;
@@ -99,13 +186,9 @@ class Selection {
     return t;
   }
 
-  // The window and the sinks exactly, then each head's whole, and what is selected.
-  void choose(int64_t head) const {
-    const SparseTask t = task(head, 0);
-    exactly(head, cache_.keys_from(head, 0), cache_.values_from(head, 0), sinks_, sink_part(head));
-    exactly(head, cache_.keys_from(head, recent_), cache_.values_from(head, recent_), total_ - recent_,
-            sink_part(head) + part_size());
-    const float *sinks = sink_part(head) + t.heads * t.head_dim, *recent = sinks + part_size();
+  // Each head's whole, and the gains of its blocks.
+  void find_wholes(const SparseTask& t, int64_t unit) const {
+    const float *sinks = sink_part(unit) + t.heads * t.head_dim, *recent = sinks + part_size();
     for (int64_t h = 0; h < t.heads; ++h) {
       const float *references = t.references + h * blocks_, *sums = t.sums + h * blocks_;
       float top = std::max(read(sinks + h), read(recent + h)), whole = 0.0f;
@@ -114,79 +197,27 @@ class Selection {
       float* gains = const_cast<float*>(t.gains) + h * blocks_;
       for (int64_t b = 0; b < blocks_; ++b) whole += sums[b] * (gains[b] = std::exp(references[b] / kLog2E - top));
       for (int64_t b = 0; b < blocks_; ++b) gains[b] /= whole;
-      whole_[head * t.heads + h] = top + std::log(whole);
+      whole_[unit * t.heads + h] = top + std::log(whole);
     }
-    SparseChoice c{};
-    c.exact_count = exact_;
-    c.following_count = s_.followers;
-    c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride()));
-    c.highest = scratch<float, Use::kHighest>(static_cast<size_t>(stride()));
-    c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride()));
-    c.exact = places(head);
-    c.following = c.exact + exact_;
-    c.kept = kept_ + head * t.heads * following_;
-    c.kept_stride = following_;
-    c.exact_found = found_ + 2 * head;
-    c.following_found = c.exact_found + 1;
-    path().select(t, c);
   }
 
-  // What is left of a segment by its shares, and what was chosen there exactly.
-  void attend(int64_t head, int64_t segment) const {
-    SparseTask t = task(head, segment);
-    const int64_t d = t.head_dim;
-    float pages[kMostHeads * kLanes];
-    t.out = tail_part(head, segment);
-    t.totals = t.out + t.heads * d;
-    t.pages = t.heads <= kMostHeads ? pages : scratch<float, Use::kPages>(static_cast<size_t>(t.heads * kLanes));
-    path().weigh(t);
-    follow(t, head);
-    const auto [from, to] = inside(t, places(head), found_[2 * head]);
-    const int64_t count = to - from, row_bytes = cache_.keys.bytes(d);
-    auto* rows = scratch<uint8_t, Use::kGathered>(static_cast<size_t>(2 * count * row_bytes));
-    auto* scales = scratch<uint16_t, Use::kRowScales>(static_cast<size_t>(2 * count));
-    const int32_t* at = places(head) + from;
-    const Rows keys = gathered(cache_.keys_from(head, 0), at, count, rows, scales);
-    const Rows values = gathered(cache_.values_from(head, 0), at, count, rows + count * row_bytes, scales + count);
-    exactly(head, keys, values, count, t.out + part_size());
-  }
-
-  // A head's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
-  void join(int64_t h, float* out) const {
-    const int64_t d = s_.head_dim, head = h / s_.group, own = h % s_.group;
-    const float *tails = tail_part(head, 0), *sums = tails + s_.group * d + own;
-    float top = whole_[h], total = 0.0f;
-    const auto is_tail = [&](int64_t i) { return i < 2 * segments_ && i % 2 == 0; };
-    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
-      if (!is_tail(i)) top = std::max(top, sums[i * part_size()]);
-    }
-    std::fill(out, out + d, 0.0f);
-    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
-      const float* part = tails + i * part_size();
-      const float maximum = part[s_.group * d + own], sum = part[s_.group * (d + 1) + own];
-      const float factor = std::exp((is_tail(i) ? whole_[h] : maximum) - top);
-      total += factor * (is_tail(i) ? maximum : sum);
-      for (int64_t c = 0; c < d; ++c) out[c] += factor * part[own * d + c];
-    }
-    for (int64_t c = 0; c < d; ++c) out[c] /= total;
-  }
-
-  static constexpr int64_t kWidest = 1024;
-
- private:
   static constexpr int64_t kMostHeads = 16;
+  static constexpr float kNone = -1e30f;  // the logarithm of no weight
   static constexpr float kLog2E = 1.44269504088896341f;
 
   int64_t stride() const { return blocks_ * kBlockTokens; }
 
-  // Of a part: sums of values, [group][head_dim], and [group] maxima and [group] sums of weights; or [group] totals of
-  // shares. A head has a tail and an exact part for each segment, in turns, then the sinks and the newest positions.
-  int64_t part_size() const { return s_.group * (s_.head_dim + 2); }
-  float* tail_part(int64_t head, int64_t segment) const {
-    return parts_ + (head * (2 * segments_ + 2) + 2 * segment) * part_size();
+  Rows keys_from(int64_t unit, int64_t position) const { return cache_.keys_from(unit * s_.heads / s_.group, position); }
+  Rows values_from(int64_t unit, int64_t position) const { return cache_.values_from(unit * s_.heads / s_.group, position); }
+
+  // Of a part: sums of values, [heads][head_dim], and [heads] maxima and [heads] sums of weights; or [heads] totals of
+  // shares. A unit has a tail and an exact part for each segment, in turns, then the sinks and the newest positions.
+  int64_t part_size() const { return s_.heads * (s_.head_dim + 2); }
+  float* tail_part(int64_t unit, int64_t segment) const {
+    return parts_ + (unit * (2 * segments_ + 2) + 2 * segment) * part_size();
   }
-  float* sink_part(int64_t head) const { return tail_part(head, segments_); }
-  int32_t* places(int64_t head) const { return places_ + head * (exact_ + following_); }
+  float* sink_part(int64_t unit) const { return tail_part(unit, segments_); }
+  int32_t* places(int64_t unit) const { return places_ + unit * (exact_ + following_); }
 
   static int32_t position(int32_t place) {
     constexpr int32_t kPage = kPageTokens, kBlock = kBlockTokens;
@@ -212,25 +243,25 @@ class Selection {
   }
 
   // Add what follows in the task's blocks, with its own values.
-  void follow(const SparseTask& t, int64_t head) const {
-    const int32_t* following = places(head) + exact_;
-    const auto [from, to] = inside(t, following, found_[2 * head + 1]);
+  void follow(const SparseTask& t, int64_t unit) const {
+    const int32_t* following = places(unit) + exact_;
+    const auto [from, to] = inside(t, following, found_[2 * unit + 1]);
     if (from == to) return;
     int32_t* positions = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from));
     for (int64_t i = from; i < to; ++i) positions[i - from] = position(following[i]);
-    const float* kept = kept_ + head * t.heads * following_;
+    const float* kept = kept_ + unit * t.heads * following_;
     for (int64_t h = 0; h < t.heads; ++h) {
       for (int64_t i = from; i < to; ++i) t.totals[h] += kept[h * following_ + i];
     }
-    path().gather(cache_.values_from(head, 0), positions, to - from, t.heads, kept + from, following_, t.head_dim, t.out);
+    path().gather(values_from(unit, 0), positions, to - from, t.heads, kept + from, following_, t.head_dim, t.out);
   }
 
-  // Exact attention of a head's group to rows that stand together.
-  void exactly(int64_t head, const Rows& keys, const Rows& values, int64_t count, float* out) const {
+  // Exact attention of a unit's heads to rows that stand together.
+  void exactly(int64_t unit, const Rows& keys, const Rows& values, int64_t count, float* out) const {
     DecodeTask task{};
-    task.heads = s_.group;
+    task.heads = s_.heads;
     task.head_dim = s_.head_dim;
-    task.q = q_ + head * task.heads * task.head_dim;
+    task.q = q_ + unit * task.heads * task.head_dim;
     task.keys = keys;
     task.values = values;
     task.count = count;
@@ -254,8 +285,8 @@ class Selection {
   float scale_;
   int8_t* codes_;
   float *factors_, *weights_, *blockwise_, *whole_, *kept_, *parts_;
-  int32_t* places_;  // [kv_heads][exact and following]
-  int64_t* found_;   // [kv_heads][2]
+  int32_t* places_;  // [units][exact and following]
+  int64_t* found_;   // [units][2]
 };
 
 }  // namespace
