@@ -68,6 +68,7 @@ def compress(
     teacher: Checkpoint | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     activations_bytes: int | None = None,
+    compute: str = "cpu",
 ) -> Manifest:
     """Write `checkpoint`, changed by `recipe`, to the new folder `output`, and return its manifest.
 
@@ -76,6 +77,7 @@ def compress(
     `resume` goes on with a run that was killed, and begins one where there is none. `force` replaces an output that
     stands there, and discards a killed run unless `resume` is set. Hidden states of calibration take at most
     `activations_bytes` of memory (half of what is free when None); what is beyond spills to disk, beside the output.
+    `compute` is the torch device that runs the calibration text, such as "cuda"; the steps' algebra stays on the CPU.
 
     Raises UserError: the output exists, cannot be written, or overlaps the source; a killed run is in the way, or
     another process is at work; a step does not suit the model; calibration text is missing or too short. BudgetError:
@@ -87,7 +89,13 @@ def compress(
         def stream(current: Checkpoint, part: Recipe, folder: Path) -> Manifest:
             _Job.of(current, part)  # before an earlier run is thrown away
             return compress(
-                current, part, folder, resume=resume, on_progress=on_progress, activations_bytes=activations_bytes
+                current,
+                part,
+                folder,
+                resume=resume,
+                on_progress=on_progress,
+                activations_bytes=activations_bytes,
+                compute=compute,
             )
 
         def report(what: str, done: int, total: int) -> None:
@@ -105,7 +113,7 @@ def compress(
         refuse_existing(output, force=force)
         job = _Job.of(checkpoint, recipe)
         with locked_work_folder(output) as work:
-            walk = _begin_walk(job, work, activations_bytes)
+            walk = _begin_walk(job, work, activations_bytes, compute)
             fresh = Journal(_identity(job, walk), len(job.prepared.blocks))
             journal = begin(work, fresh, resume=resume, force=force)
             job, walk, journal = _survey(job, walk, journal, work, on_progress)
@@ -152,7 +160,7 @@ class _Job:
         return StepContext(step_facts(self.prepared.config), self.recipe.seed)
 
 
-def _begin_walk(job: _Job, work: Path, activations_bytes: int | None) -> Walk | None:
+def _begin_walk(job: _Job, work: Path, activations_bytes: int | None, compute: str) -> Walk | None:
     """The walk of the calibration text, where a step needs one."""
     needy = next((step for step in job.recipe.steps if step.needs not in ("weights", "model")), None)
     if needy is None:
@@ -164,7 +172,7 @@ def _begin_walk(job: _Job, work: Path, activations_bytes: int | None) -> Walk | 
             f"{needy.name} as set here needs {problem.name}: pip install 'edgekit[compress]', or choose a method that"
             " takes no calibration, such as rtn"
         ) from problem
-    return begin_walk(job.source, job.prepared, job.recipe, job.context, work, activations_bytes)
+    return begin_walk(job.source, job.prepared, job.recipe, job.context, work, activations_bytes, compute)
 
 
 def _identity(job: _Job, walk: Walk | None) -> Identity:
@@ -172,7 +180,9 @@ def _identity(job: _Job, walk: Walk | None) -> Identity:
     if walk is not None:
         import torch
 
-        found |= versions("torch") | {"threads": str(torch.get_num_threads())}  # they decide the order of additions
+        compute = str(walk.room.compute)
+        found |= versions("torch")
+        found |= {"threads": str(torch.get_num_threads()), "compute": compute}  # they decide the order of additions
         calibration = walk.record.sha256
     return Identity(_digest(job.source), job.recipe.sha256, found, calibration)
 
@@ -371,7 +381,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None) -> Plan:
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    compute: str = "cpu",
+) -> Plan:
     """Predict sizes, memory and time from shapes and a timing of well under a second; nothing is written.
 
     A step that surveys the model does so first, on the calibration text, and its plan is in the recipe.
@@ -380,7 +396,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, *, on_progress: Callable[[Progr
     job = _Job.of(checkpoint, recipe)
     if any(isinstance(step, Surveyor) for step in recipe.steps):
         with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-            walk = _begin_walk(job, Path(folder), None)
+            walk = _begin_walk(job, Path(folder), None, compute)
             job, _, _ = _survey(job, walk, Journal(_identity(job, walk), 0), Path(folder), on_progress)
         recipe = job.recipe
     blocks = _predict(job)

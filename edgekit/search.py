@@ -219,6 +219,7 @@ def confirmed(
     text: CalibrationOptions,
     folder: Path,
     *,
+    compute: str = "cpu",
     report: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[Confirmed]:
     """Build the candidates in `folder`, those that stand there already as they are; the nearest to the source first."""
@@ -234,35 +235,38 @@ def confirmed(
                 recipe,
                 output,
                 resume=True,
+                compute=compute,
                 on_progress=lambda state: report(f"building {candidate.composition}", state.done, state.total),  # noqa: B023
             )
-        built.append(Confirmed(candidate, output, divergence_of(source, open_checkpoint(output), text)))
+        built.append(
+            Confirmed(candidate, output, divergence_of(source, open_checkpoint(output), text, compute=compute))
+        )
     return sorted(built, key=lambda one: one.kl)
 
 
-def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOptions) -> float:
+def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOptions, *, compute: str = "cpu") -> float:
     """KL(source || other) in nats a token, on windows of the text beyond those that steps are calibrated on."""
     import dataclasses
 
     import torch
 
-    from edgekit.model.calibration import token_windows
-    from edgekit.model.torch_view import Layer, rms_norm
+    from edgekit.model.torch_view import Layer, rms_norm, torch_device
+    from edgekit.model.windows import token_windows
 
     more = dataclasses.replace(text, samples=text.samples + CHECK_WINDOWS)
     ids = token_windows(source, more, seed=0).ids[text.samples :]
-    total, count = 0.0, 0
+    total, count, on = 0.0, 0, torch_device(compute)
     with torch.inference_mode():
         for row in ids:
             logits = []
             for model in (source, other):
                 config = model.decoder
-                table = torch.from_numpy(model.weight("model.embed_tokens").dense())
-                x = table[torch.from_numpy(row)][None]
+                table = torch.from_numpy(model.weight("model.embed_tokens").dense()).to(on)
+                x = table[torch.from_numpy(row).to(on)][None]
                 for index in range(config.layers):
-                    x = Layer.of(model.read_block(f"layers.{index}"), config)(x)
-                gain = torch.from_numpy(model.vector("model.norm.weight"))
-                head = table if config.tied else torch.from_numpy(model.weight("lm_head").dense())
+                    x = Layer.of(model.read_block(f"layers.{index}"), config, on)(x)
+                gain = torch.from_numpy(model.vector("model.norm.weight")).to(on)
+                head = table if config.tied else torch.from_numpy(model.weight("lm_head").dense()).to(on)
                 logits.append(torch.log_softmax(rms_norm(x[0], gain, config.norm_eps) @ head.T, dim=-1))
             total += float((logits[0].exp() * (logits[0] - logits[1])).sum())
             count += len(row)

@@ -61,7 +61,7 @@ LAYERS = {
     ),
     # compress: what needs activations; the layers above import it late
     "calibration": Layer(
-        "model.torch_view model.calibration", "core weight config checkpoint model step", "numpy torch tokenizers"
+        "model.torch_view model.windows model.calibration", "core weight config checkpoint model step", "numpy torch tokenizers"
     ),
     "passes": Layer("passes", "core weight config checkpoint model step heal", ""),
     "calibrate": Layer("calibrate", "core weight config checkpoint model step calibration", "numpy psutil safetensors"),

@@ -282,8 +282,8 @@ def test_a_damaged_layer_is_named(tmp_path: Path, calibration: CalibrationOption
 def test_gptq_computes_closer_to_the_original_on_the_text(
     model: Checkpoint, calibration: CalibrationOptions, tmp_path: Path
 ) -> None:
-    from edgekit.model.calibration import token_windows
     from edgekit.model.reference import forward
+    from edgekit.model.windows import token_windows
 
     ids = token_windows(model, calibration, seed=0).ids.tolist()
     exact = np.concatenate(forward(model, ids))

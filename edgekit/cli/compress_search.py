@@ -32,6 +32,7 @@ class Work:
     storage: str | None
     confirm: int
     plot: Path | None
+    compute: str
     force: bool
     dry_run: bool
 
@@ -57,7 +58,7 @@ def compress_by_search(
     place = Path(f"{os.path.abspath(target)}.search") if target else Path("edgekit.search").absolute()
     text = CalibrationOptions(tuple(map(str, calibration)), SAMPLES)
     with progress("measuring", quiet=as_json) as advance:
-        found = measured_once(checkpoint, text, place / "sensitivity.json", report=advance)
+        found = measured_once(checkpoint, text, place / "sensitivity.json", compute=work.compute, report=advance)
     storage = work.storage or str(place / "study.journal")
     with progress("searching", quiet=as_json) as advance:
         best = search(found, goal, storage, trials=work.trials, jobs=work.jobs, report=advance)
@@ -75,7 +76,12 @@ def compress_by_search(
     finalists = contenders(best, found, goal, work.confirm)
     with stages("building", quiet=as_json) as tell:
         built = confirmed(
-            checkpoint, finalists, text, place, report=lambda stage, done, total: tell(f"{stage}: {done} of {total}")
+            checkpoint,
+            finalists,
+            text,
+            place,
+            compute=work.compute,
+            report=lambda stage, done, total: tell(f"{stage}: {done} of {total}"),
         )
     refuse_existing(target, force=work.force)
     if target.exists():

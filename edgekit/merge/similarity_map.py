@@ -33,7 +33,8 @@ def survey_similarity(
     """(layers, layers) of each measure, from the layers' pooled outputs. Raises UserError: text missing or short."""
     from edgekit.calibrate import Survey
     from edgekit.merge.layers import pooled_states
-    from edgekit.model.calibration import Room, token_windows
+    from edgekit.model.calibration import Room
+    from edgekit.model.windows import token_windows
 
     windows = token_windows(checkpoint, CalibrationOptions(files, samples, length), seed=0)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:

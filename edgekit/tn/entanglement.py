@@ -101,7 +101,8 @@ def _layers(
     import psutil
 
     try:
-        from edgekit.model.calibration import Room, Stream, token_windows
+        from edgekit.model.calibration import Room, Stream
+        from edgekit.model.windows import token_windows
     except ModuleNotFoundError as problem:
         raise UserError(f"--calibration needs {problem.name}: pip install 'edgekit[compress]'") from problem
 
