@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from common import Benchmark, data
-from structure_rows import CHAINS, MODEL_NAME, Store, Work, compressed, measured, measured_beside, model_of, scored
+from structure_rows import CHAINS, MODEL_NAME, Store, Work, compressed, measured, measured_beside, model_of
 from tokenizers import Tokenizer
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
@@ -35,7 +35,6 @@ from edgekit.merge.similarity import SIGMA, diffusion_map, kernel, npib
 from edgekit.model.sources import open_model
 from edgekit.prune.elimination import error_of, rank_columns, refit, regular
 from edgekit.quant.methods import Int4
-from edgekit.quant.mixed import Mixed
 from edgekit.runtime.session import Session
 from edgekit.tn.lowrank import truncated
 from edgekit.tn.mpo import decomposed, full_bonds, schmidt_values, site_shapes
@@ -75,7 +74,7 @@ def main() -> None:
         for percent in shares:
             table(bench, store, percent, [name for names in chains for name in names], work)
     if "sizes" in sections:
-        sizes(bench, store, work)
+        sizes(bench, store, work, jobs=options.jobs)
     if "time" in sections:
         whole_model(bench, store)
     if "speed" in sections:
@@ -164,20 +163,15 @@ def table(bench: Benchmark, store: Store, percent: int, names: list[str], work: 
         bench.at_most("20 %: planned, ppl", rows["planned"].perplexity, PLANNED_20)
 
 
-def sizes(bench: Benchmark, store: Store, work: Work) -> None:
+def sizes(bench: Benchmark, store: Store, work: Work, *, jobs: int) -> None:
     """As many bytes in two ways: bits alone, and bits for the model that lost a tenth or a fifth."""
-    for size in SIZES_MB:
-        for percent in (0, 10, 20):
-            name = f"{size:g} MB, {percent} % pruned"
-            row = store.find(name, percent, work)
-            if row is None:
-                start = model_of(store, "planned", percent, work) if percent else None
-                clock = time.perf_counter()
-                mixed = Mixed(target_mb=size)
-                small = compressed(store.folder / name, mixed, samples=work.samples, source=start, compute=work.compute)
-                row = store.keep(scored(name, percent, small, work, time.perf_counter() - clock, {}))
-            bench.value(name, row.perplexity, "ppl", n=work.windows, note=f"{row.seconds:.0f} s of work; {row.machine}")
-            bench.value(f"{name}, fresh windows", row.fresh, "ppl", n=work.windows)
+    rows = [(f"{size:g} MB", percent) for size in SIZES_MB for percent in (0, 10, 20)]
+    measured_beside(store, [((name,), percent) for name, percent in rows], work, jobs=jobs)
+    for name, percent in rows:
+        row = measured(store, name, percent, work)
+        title = f"{name}, {percent} % pruned"
+        bench.value(title, row.perplexity, "ppl", n=work.windows, note=f"{row.seconds:.0f} s of work; {row.machine}")
+        bench.value(f"{title}, fresh windows", row.fresh, "ppl", n=work.windows)
 
 
 def whole_model(bench: Benchmark, store: Store) -> None:

@@ -11,6 +11,8 @@ The share is that of the decoder's 106.2 million parameters; three and six of th
     whitened SVD       the same in the metric of the inputs; planned ranks: by measured sensitivity
     MPO                two sites, refined by least squares on the inputs
 
+    50 MB, 60 MB       bits for each matrix within the size (`quant.mixed`), of the planned model or, at 0 %, the source
+
 Each is scored on windows 1 to 24 of the text, whose first half settings were once picked on, and on windows 25 to 48,
 which nothing was picked on ("fresh"). Rows of one store may come from several machines; each says from which.
 """
@@ -40,6 +42,7 @@ from edgekit.merge.drop import Drop
 from edgekit.merge.layers import Merge
 from edgekit.model.sources import open_model
 from edgekit.prune.steps import Neurons, Planned
+from edgekit.quant.mixed import Mixed
 from edgekit.recipe import Recipe
 from edgekit.step import CalibrationOptions, Step
 from edgekit.tn.mpo_step import Mpo
@@ -151,11 +154,13 @@ def model_of(store: Store, name: str, percent: int, work: Work) -> Checkpoint:
     folder = store.folder / f"{name} {percent} {work.samples}"
     if folder.exists():
         return open_checkpoint(folder)
+    start = model_of(store, "planned", percent, work) if name.endswith("MB") and percent else None
     known = store.find(name, percent, work)
     if known is not None and known.options.get("plan"):
         step = dataclasses.replace(steps(store, name, percent, work)[0], plan=tuple(known.options["plan"]))  # type: ignore[type-var]
         return compressed(folder, step, samples=work.samples, compute=work.compute)
-    return compressed(folder, *steps(store, name, percent, work), samples=work.samples, compute=work.compute)
+    made = steps(store, name, percent, work)
+    return compressed(folder, *made, samples=work.samples, source=start, compute=work.compute)
 
 
 def machine(compute: str) -> str:
@@ -170,6 +175,8 @@ def machine(compute: str) -> str:
 
 def steps(store: Store, name: str, percent: int, work: Work) -> tuple[Step, ...]:
     """The recipe of a row."""
+    if name.endswith(" MB"):
+        return (Mixed(target_mb=float(name.removesuffix(" MB"))),)
     share, count = percent / 100, LAYERS[percent]
     if name in ("merged, repaired", "dropped alike"):
         merged = store.find("merged", percent, work)
