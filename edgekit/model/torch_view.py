@@ -23,6 +23,7 @@ from torch import Tensor
 from edgekit.checkpoint import Block
 from edgekit.errors import ModelError, UserError
 from edgekit.model.config import DecoderConfig
+from edgekit.model.heads import Heads, heads_of_block, turned_by
 from edgekit.model.rope import tables
 from edgekit.model.stages import LINEARS
 
@@ -37,6 +38,7 @@ class Layer:
     matrices: dict[str, Tensor]
     biases: dict[str, Tensor]
     norms: dict[str, Tensor]
+    heads: Heads
 
     @classmethod
     def of(cls, block: Block, config: DecoderConfig, on: torch.device = CPU) -> Layer:
@@ -58,6 +60,7 @@ class Layer:
             {leaf: torch.from_numpy(weight.dense()).to(on) for leaf, weight in matrices.items()},
             {name.removesuffix(".bias"): values for name, values in vectors.items() if name.endswith(".bias")},
             {name.removesuffix(".weight"): values for name, values in vectors.items() if name.endswith(".weight")},
+            heads_of_block(block, config.head_dim),
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -84,7 +87,8 @@ class Layer:
     def mixed(self, x: Tensor) -> Tensor:
         """Causal attention over (windows, T, hidden) normed states, (windows, T, heads * head_dim)."""
         count, length, _ = x.shape
-        q, k, v = (self._heads(f"self_attn.{part}_proj", x) for part in "qkv")
+        q, k = (self._heads(f"self_attn.{part}_proj", x, self.heads.key_size) for part in "qk")
+        v = self._heads("self_attn.v_proj", x, self.heads.value_size)
         if "self_attn.q_norm" in self.norms:
             q = rms_norm(q, self.norms["self_attn.q_norm"], self.config.norm_eps)
             k = rms_norm(k, self.norms["self_attn.k_norm"], self.config.norm_eps)
@@ -95,13 +99,14 @@ class Layer:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not banded, enable_gqa=True)
         return mixed.transpose(1, 2).reshape(count, length, -1)
 
-    def _heads(self, leaf: str, x: Tensor) -> Tensor:
-        """(windows, heads, T, head_dim)"""
+    def _heads(self, leaf: str, x: Tensor, size: int) -> Tensor:
+        """(windows, heads, T, size)"""
         y = self.linear(leaf, x)
-        return y.view(*y.shape[:2], -1, self.config.head_dim).transpose(1, 2)
+        return y.view(*y.shape[:2], -1, size).transpose(1, 2)
 
     def _turned(self, x: Tensor) -> Tensor:
-        cos, sin = (torch.from_numpy(t).to(x.device) for t in tables(self.config.rope, x.shape[-1], x.shape[-2]))
+        found = tables(self.config.rope, self.config.head_dim, x.shape[-2])
+        cos, sin = (torch.from_numpy(turned_by(table, self.heads.pairs)).to(x.device) for table in found)
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -227,4 +227,4 @@ def _doubles(values: Tensor) -> Doubles:
 
 def _tapped(block: Block, config: DecoderConfig, compute: torch.device) -> _Tapped:
     layer = Layer.of(block, config, compute)
-    return _Tapped(config, layer.matrices, layer.biases, layer.norms, [])
+    return _Tapped(config, layer.matrices, layer.biases, layer.norms, layer.heads, [])

@@ -15,6 +15,7 @@ from typing import ClassVar
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
+from edgekit.model.heads import refuse_thin_heads
 from edgekit.model.stages import in_order
 from edgekit.step import Changes, Fact, Needs, Outline, Prediction, StepContext
 from edgekit.tn.tucker import stacked_heads
@@ -42,6 +43,7 @@ class HeadsTucker:
         return "activations" if self.whiten else "weights"
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        refuse_thin_heads(checkpoint, self.name)
         modules = [module for matrices, _ in checkpoint.blocks.values() for module in matrices]
         for pattern in self.modules:
             if not any(fnmatchcase(module, pattern) for module in modules):
