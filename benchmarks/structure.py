@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def main() -> None:
     if "time" in sections:
         whole_model(bench, store)
     if "speed" in sections:
-        speed(bench, store, model_of(store, "planned", 20, work), rounds=5 if options.quick else 11)
+        speed(bench, store, work, rounds=5 if options.quick else 11)
     if "factors" in sections:
         factors(bench, store, rounds=7)
     bench.finish(as_json=options.json)
@@ -183,10 +184,11 @@ def whole_model(bench: Benchmark, store: Store) -> None:
     bench.at_most("whole-model whitened decomposition, minutes", minutes, MINUTES)
 
 
-def speed(bench: Benchmark, store: Store, pruned: Checkpoint, *, rounds: int) -> None:
+def speed(bench: Benchmark, store: Store, work: Work, *, rounds: int) -> None:
+    """The planned model against the source, both at 4 bits."""
     bundles = {
-        "source, int4": bundle(store, "source int4", open_model(MODEL_NAME)),
-        "planned 20 %, int4": bundle(store, "planned 20 int4", pruned),
+        "source, int4": bundle(store, "source int4", lambda: open_model(MODEL_NAME)),
+        "planned 20 %, int4": bundle(store, "planned 20 int4", lambda: model_of(store, "planned", 20, work)),
     }
     rates = race(bundles, rounds=rounds)
     medians = {name: bench.samples(f"{name}: decode", values, unit="tok/s") for name, values in rates.items()}
@@ -201,10 +203,13 @@ def speed(bench: Benchmark, store: Store, pruned: Checkpoint, *, rounds: int) ->
 
 def factors(bench: Benchmark, store: Store, *, rounds: int) -> None:
     """A model of factors as the exporter keeps or contracts them, against the dense one, both at 4 bits."""
-    folder = store.folder / "factored 16"
-    factored = open_checkpoint(folder) if folder.exists() else compressed(folder, LowRank(keep=0.6, multiple=32))
+
+    def factored() -> Checkpoint:
+        folder = store.folder / "factored 16"
+        return open_checkpoint(folder) if folder.exists() else compressed(folder, LowRank(keep=0.6, multiple=32))
+
     bundles = {
-        "dense, int4": bundle(store, "source int4", open_model(MODEL_NAME)),
+        "dense, int4": bundle(store, "source int4", lambda: open_model(MODEL_NAME)),
         "factored, int4": bundle(store, "factored int4", factored),
     }
     rates = race(bundles, rounds=rounds)
@@ -212,13 +217,13 @@ def factors(bench: Benchmark, store: Store, *, rounds: int) -> None:
     bench.at_least("factored at a kept share of 0.6: decode against dense, x", other / dense, NO_SLOWER)
 
 
-def bundle(store: Store, name: str, checkpoint: Checkpoint) -> Path:
-    """The bundle of the model at 4 bits for this machine, made once."""
+def bundle(store: Store, name: str, model: Callable[[], Checkpoint]) -> Path:
+    """The bundle of a model at 4 bits for this machine, made once."""
     path = store.folder / f"{name} bundle"
     if not path.exists():
         small = store.folder / name
         if not small.exists():
-            compressed(small, Int4(), source=checkpoint)
+            compressed(small, Int4(), source=model())
         export(open_checkpoint(small), path, target=find_target(host_target()), accept_drift=True)
     return path
 
