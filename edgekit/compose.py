@@ -170,8 +170,10 @@ class Composition:
     size_mb: float = 0.0
 
     def __str__(self) -> str:
-        pruned = f"{self.layers} layers dropped, {self.prune:.1%} pruned"
-        return f"{pruned}, factors keep {self.rank:.1%}, {self.size_mb:.1f} MB"
+        parts = [f"{self.layers} layer{'s' * (self.layers > 1)} dropped"] if self.layers else []
+        parts += [f"{100 * self.prune:.0f} % pruned"] if self.prune else []
+        parts += [f"factors keep {100 * self.rank:.0f} %"] if self.rank < 1 else []
+        return f"{', '.join(parts) or 'bits alone'}, within {self.size_mb:.3g} MB"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ LAYERS = {
         "numpy tensorly psutil",
     ),
     "search": Layer(
-        "compose search",
+        "compose search search_plot",
         "core weight config checkpoint model step calibration calibrate sensitivity quant structure tn compress",
         "numpy psutil optuna torch",
     ),

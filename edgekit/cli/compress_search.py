@@ -81,7 +81,7 @@ def compress_by_search(
             text,
             place,
             compute=work.compute,
-            report=lambda stage, done, total: tell(f"{stage}: {done} of {total}"),
+            report=lambda stage, done, total: tell(f"{stage}: block {done} of {total}" if total else stage),
         )
     refuse_existing(target, force=work.force)
     if target.exists():
@@ -92,8 +92,10 @@ def compress_by_search(
         print_json({"finalists": [{"composition": dataclasses.asdict(one.candidate.composition), "kl": one.kl,
                                    "size_bytes": one.candidate.size_bytes} for one in built]})  # fmt: skip
         return
+    click.echo(f"{target}: {built[0].candidate.composition}")
     for done in built:
+        mark = "taken" if done is built[0] else "built too"
         click.echo(
-            f"{done.candidate.composition}: {done.kl:.4f} nats from the source, {size(done.candidate.size_bytes)}"
+            f"  {mark}: {done.candidate.composition}: {size(done.candidate.size_bytes)},"
+            f" KL to the source {done.kl:.4f} nats a token on unseen text"
         )
-    click.echo(f"{target}: the first of them")
