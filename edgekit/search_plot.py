@@ -43,7 +43,7 @@ def write_front(dots: Sequence[Dot], best: Sequence[Dot], path: Path, *, title: 
 
     def circle(dot: Dot, more: str) -> str:
         x, y = place(dot)
-        said = html.escape(f"{dot.said}: {dot.size_mb:.1f} MB, {dot.loss:.3f} nats")
+        said = html.escape(f"{dot.said}: {dot.size_mb:.3g} MB, {dot.loss:.3f} nats")
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" {more}><title>{said}</title></circle>'
 
     parts = []
@@ -64,7 +64,7 @@ def write_front(dots: Sequence[Dot], best: Sequence[Dot], path: Path, *, title: 
     turned = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
     parts.append(f"<text {turned}>predicted loss, nats a token</text>")
     rows = "".join(
-        f'<tr><td class="n">{dot.size_mb:.1f} MB</td><td class="n">{dot.loss:.3f} nats</td>'
+        f'<tr><td class="n">{dot.size_mb:.3g} MB</td><td class="n">{dot.loss:.3f} nats</td>'
         f"<td>{html.escape(dot.said)}</td></tr>"
         for dot in front
     )
