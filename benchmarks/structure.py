@@ -185,18 +185,20 @@ def whole_model(bench: Benchmark, store: Store) -> None:
 
 
 def speed(bench: Benchmark, store: Store, work: Work, *, rounds: int) -> None:
-    """The planned model against the source, both at 4 bits."""
+    """The planned model and one of fewer layers against the source, all at 4 bits."""
     bundles = {
         "source, int4": bundle(store, "source int4", lambda: open_model(MODEL_NAME)),
         "planned 20 %, int4": bundle(store, "planned 20 int4", lambda: model_of(store, "planned", 20, work)),
+        "six layers dropped, int4": bundle(store, "dropped 20 int4", lambda: model_of(store, "dropped", 20, work)),
     }
     rates = race(bundles, rounds=rounds)
     medians = {name: bench.samples(f"{name}: decode", values, unit="tok/s") for name, values in rates.items()}
     for name, path in bundles.items():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         bench.value(f"{name}: file", size / 1e6, "MB")
-    bench.value("paired ratio of decode", statistics.median(
-        b / a for a, b in zip(*rates.values(), strict=True)), "x", n=rounds)  # fmt: skip
+    for name in list(rates)[1:]:
+        ratios = [b / a for a, b in zip(rates["source, int4"], rates[name], strict=True)]
+        bench.value(f"{name}: paired ratio of decode", statistics.median(ratios), "x", n=rounds)
     bench.at_least("20 % pruned: decode against the source at the same bits, x",
                    medians["planned 20 %, int4"] / medians["source, int4"], FASTER)  # fmt: skip
 

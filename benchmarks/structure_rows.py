@@ -150,16 +150,16 @@ def _measure_chain(store: Store, names: tuple[str, ...], percent: int, work: Wor
 
 
 def model_of(store: Store, name: str, percent: int, work: Work) -> Checkpoint:
-    """The model of a row. The folder stays in the store; a row that was measured elsewhere says what was planned."""
+    """The model of a row. The folder stays in the store; a row that was measured elsewhere says what was chosen."""
     folder = store.folder / f"{name} {percent} {work.samples}"
     if folder.exists():
         return open_checkpoint(folder)
     start = model_of(store, "planned", percent, work) if name.endswith("MB") and percent else None
-    known = store.find(name, percent, work)
+    known, made = store.find(name, percent, work), steps(store, name, percent, work)
     if known is not None and known.options.get("plan"):
-        step = dataclasses.replace(steps(store, name, percent, work)[0], plan=tuple(known.options["plan"]))  # type: ignore[type-var]
-        return compressed(folder, step, samples=work.samples, compute=work.compute)
-    made = steps(store, name, percent, work)
+        made = (dataclasses.replace(made[0], plan=tuple(known.options["plan"])),)  # type: ignore[type-var]
+    if known is not None and name == "dropped":
+        made = (Drop(layers=tuple(known.options["layers"]), repair=0.0),)
     return compressed(folder, *made, samples=work.samples, source=start, compute=work.compute)
 
 

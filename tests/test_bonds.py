@@ -10,10 +10,11 @@ import safetensors.numpy
 from tiny import tiny_folder, tiny_tokenizer
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.compress import compress, plan
+from edgekit.compress import compress
 from edgekit.errors import EdgekitError, ModelError, UserError
 from edgekit.export.export import export
 from edgekit.export.targets import find_target
+from edgekit.forecast import plan
 from edgekit.model.heads import PAIRS, heads_of, heads_of_layer
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model

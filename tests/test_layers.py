@@ -58,7 +58,9 @@ LAYERS = {
     "step": Layer("step recipe", "core weight config checkpoint", "numpy"),
     "quant": Layer("quant", "core weight config checkpoint model step sensitivity", "numpy"),
     "compress": Layer(
-        "compress journal", "core weight config checkpoint step calibrate passes", "psutil safetensors torch"
+        "compress job forecast journal",
+        "core weight config checkpoint step calibrate passes",
+        "psutil safetensors torch",
     ),
     # compress: what needs activations; the layers above import it late
     "calibration": Layer(

@@ -16,8 +16,10 @@ from tiny import tiny_folder
 
 import edgekit.compress as runner
 from edgekit.checkpoint import Block, Checkpoint, open_checkpoint
-from edgekit.compress import Progress, compress, plan
+from edgekit.compress import compress
 from edgekit.errors import ModelError, UserError
+from edgekit.forecast import plan
+from edgekit.job import Progress
 from edgekit.model.sources import open_model
 from edgekit.quant.gptq import output_error
 from edgekit.quant.grid import Grid, round_to_grid

@@ -77,7 +77,7 @@ def compress(
     A size alone searches over dropped layers, pruned heads and neurons, factors and bits; with -r mixed, bits only.
     """
     from edgekit.compress import compress as run
-    from edgekit.compress import plan
+    from edgekit.forecast import plan
     from edgekit.model.sources import open_model
     from edgekit.recipe import calibrated_on, load_recipe, within
 
