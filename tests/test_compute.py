@@ -1,4 +1,7 @@
-"""Torch devices: names that cannot be are refused, and a GPU gives what the CPU gives."""
+"""Torch devices: names that cannot be are refused, and a GPU gives what the CPU gives.
+
+Steps that round are not compared: a code flips where a sum differs in its last bit, and gptq carries that on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from edgekit.errors import UserError
 from edgekit.merge.layers import Merge
 from edgekit.model.sources import open_model
 from edgekit.prune.steps import Planned
-from edgekit.quant.methods import Int4
 from edgekit.recipe import Recipe
 from edgekit.step import CalibrationOptions, Step
 from edgekit.tn.mpo_step import Mpo
@@ -55,7 +57,6 @@ def test_a_device_that_is_not_there_is_refused(
         LowRank(keep=0.6, multiple=4, follow=0.5),
         LowRank(budget=0.8, multiple=4),
         Mpo(keep=0.7),
-        Int4(method="gptq"),
     ],
     ids=lambda step: step.name,
 )
@@ -72,4 +73,4 @@ def test_a_gpu_gives_what_the_cpu_gives(
             assert np.isfinite(found[1].weight(module).dense()).all()
             continue
         one, other = (checkpoint.weight(module).dense() for checkpoint in found)
-        assert np.abs(one - other).max() < (0.05 if step.name == "quant.int4" else 1e-3) * np.abs(one).max()
+        assert np.abs(one - other).max() < 1e-3 * np.abs(one).max()
