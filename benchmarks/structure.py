@@ -9,9 +9,10 @@
 
 Raw WikiText-2 validation, windows of 1024 tokens, second halves scored, in torch on float weights, no healing.
 Calibration: Wikipedia and C4 (text/wikipedia_sample, text/c4_calibration), none of WikiText-2; no twelve words in a row
-are in both. Settings of `prune.planned` were picked on windows 1 to 12; windows 25 and on are measured too ("fresh").
-Rows are kept in `--store` as they are done, and a run that is stopped goes on. `--quick`: 20 % only, 6 calibration
-windows for 16, 6 windows for 24; the sections sizes, time and factors and the longest rows left out.
+are in both. Settings of `prune.planned` were picked on windows 1 to 12; windows 25 to 48 are measured too ("fresh").
+Rows are kept in `--store` as they are done, and a run that is stopped goes on; with `--jobs` rows of the table are
+measured in several processes, with `--compute cuda` torch works on a GPU. `--quick`: 20 % only, 6 calibration windows
+for 16, 6 windows for 24; the sections sizes, time and factors and the longest rows left out.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from common import Benchmark, data
-from structure_rows import MODEL_NAME, ROWS, Row, Store, compressed, cut, measured, window_loss
+from structure_rows import CHAINS, MODEL_NAME, Store, Work, compressed, measured, measured_beside, model_of
+from tokenizers import Tokenizer
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.evaluate.scorer import open_scorer
 from edgekit.evaluate.text import read_text
 from edgekit.export.export import export
 from edgekit.export.targets import find_target, host_target
@@ -34,7 +36,6 @@ from edgekit.merge.similarity import SIGMA, diffusion_map, kernel, npib
 from edgekit.model.sources import open_model
 from edgekit.prune.elimination import error_of, rank_columns, refit, regular
 from edgekit.quant.methods import Int4
-from edgekit.quant.mixed import Mixed
 from edgekit.runtime.session import Session
 from edgekit.tn.lowrank import truncated
 from edgekit.tn.mpo import decomposed, full_bonds, schmidt_values, site_shapes
@@ -54,26 +55,31 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rows and windows, under ten minutes")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="this section; may be given again")
     parser.add_argument("--store", type=Path, default=Path("structure.rows"), help="where finished rows are kept")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes that measure rows of the table beside each other"
+    )
+    parser.add_argument("--compute", default="cpu", help="where torch computes: cpu, cuda")
     options = parser.parse_args()
     bench, store = Benchmark("structure"), Store(options.store)
     sections = options.only or [s for s in SECTIONS if not (options.quick and s in ("sizes", "time", "factors"))]
     samples, windows = (6, 6) if options.quick else (16, 24)
-    with open_scorer(MODEL_NAME) as scorer:
-        text = read_text(data("text/wikitext2_valid.raw.txt.gz"))
-        ids = scorer.tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer = Tokenizer.from_str(open_model(MODEL_NAME).assets["tokenizer.json"].decode())
+    ids = tokenizer.encode(read_text(data("text/wikitext2_valid.raw.txt.gz")), add_special_tokens=False).ids
+    work = Work(samples, windows, ids, options.compute)
     if "exact" in sections:
         exact(bench)
     if "table" in sections:
-        for percent in (20,) if options.quick else (20, 10):
-            table(bench, store, percent, ids, samples=samples, windows=windows, quick=options.quick)
+        chains = [names for names in CHAINS if not (options.quick and names[0] in LONG)]
+        shares = (20,) if options.quick else (20, 10)
+        measured_beside(store, [(names, percent) for names in chains for percent in shares], work, jobs=options.jobs)
+        for percent in shares:
+            table(bench, store, percent, [name for names in chains for name in names], work)
     if "sizes" in sections:
-        sizes(bench, store, ids, samples=samples, windows=windows)
+        sizes(bench, store, work, jobs=options.jobs)
     if "time" in sections:
         whole_model(bench, store)
-    planned = store.folder / f"planned 20 {samples}"
     if "speed" in sections:
-        measured(store, "planned", 20, samples=samples, windows=windows, ids=ids)
-        speed(bench, store, open_checkpoint(planned), rounds=5 if options.quick else 11)
+        speed(bench, store, work, rounds=5 if options.quick else 11)
     if "factors" in sections:
         factors(bench, store, rounds=7)
     bench.finish(as_json=options.json)
@@ -139,47 +145,34 @@ def exact(bench: Benchmark) -> None:
         bench.at_most(f"{choice}: error foretold against reached, relative", abs(ranking.errors[192] / found - 1), 1e-6)
 
 
-def table(
-    bench: Benchmark, store: Store, percent: int, ids: list[int], *, samples: int, windows: int, quick: bool
-) -> None:
-    """The perplexities at one share, and what has to be best."""
-    source = measured(store, "source", 0, samples=samples, windows=windows, ids=ids)
-    bench.value("source", source.perplexity, "ppl", n=windows)
-    bench.value("source, fresh windows", source.fresh, "ppl", n=windows // 2)
-    found = {}
-    for name in ROWS:
-        if quick and name in LONG:
-            continue
-        row = measured(store, name, percent, samples=samples, windows=windows, ids=ids)
-        found[name] = row.perplexity
-        bench.value(f"{name}, {percent} %", row.perplexity, "ppl", n=windows, note=f"{row.seconds:.0f} s of work")
-        if row.fresh:
-            bench.value(f"{name}, {percent} %, fresh windows", row.fresh, "ppl", n=windows // 2)
-    others = min(value for name, value in found.items() if name != "planned")
-    bench.at_most(f"{percent} %: planned against the best of the others, ppl", found["planned"], others)
-    bench.at_most(f"{percent} %: merged and repaired against dropping the same layers, ppl",
-                  found["merged, repaired"], found["dropped alike"])  # fmt: skip
+def table(bench: Benchmark, store: Store, percent: int, names: list[str], work: Work) -> None:
+    """The perplexities at one share, and what has to be best, on the first windows and on the fresh ones."""
+    source = measured(store, "source", 0, work)
+    rows = {name: measured(store, name, percent, work) for name in names}
+    for name, row in {"source": source, **rows}.items():
+        title = name if row is source else f"{name}, {percent} %"
+        note = f"{row.seconds:.0f} s of work; {row.machine}" if row.seconds > 1 else row.machine
+        bench.value(title, row.perplexity, "ppl", n=work.windows, note=note)
+        bench.value(f"{title}, fresh windows", row.fresh, "ppl", n=work.windows)
+    for of, where in (("perplexity", ""), ("fresh", ", fresh windows")):
+        found = {name: float(getattr(row, of)) for name, row in rows.items()}
+        others = min(value for name, value in found.items() if name != "planned")
+        bench.at_most(f"{percent} %: planned against the best of the others, ppl{where}", found["planned"], others)
+        bench.at_most(f"{percent} %: merged and repaired against dropping the same layers, ppl{where}",
+                      found["merged, repaired"], found["dropped alike"])  # fmt: skip
     if percent == 20:
-        bench.at_most("20 %: planned, ppl", found["planned"], PLANNED_20)
+        bench.at_most("20 %: planned, ppl", rows["planned"].perplexity, PLANNED_20)
 
 
-def sizes(bench: Benchmark, store: Store, ids: list[int], *, samples: int, windows: int) -> None:
+def sizes(bench: Benchmark, store: Store, work: Work, *, jobs: int) -> None:
     """As many bytes in two ways: bits alone, and bits for the model that lost a tenth or a fifth."""
-    tokens = cut(ids, 0, windows)
-    for size in SIZES_MB:
-        for percent in (0, 10, 20):
-            name = f"{size:g} MB, {percent} % pruned"
-            row = store.find(name, percent, samples, windows)
-            if row is None:
-                if percent:
-                    measured(store, "planned", percent, samples=samples, windows=windows, ids=ids)
-                start = open_checkpoint(store.folder / f"planned {percent} {samples}") if percent else None
-                clock = time.perf_counter()
-                small = compressed(store.folder / name, Mixed(target_mb=size), samples=samples, source=start)
-                seconds = time.perf_counter() - clock
-                row = Row(name, percent, samples, windows, seconds, window_loss(small, tokens), 0.0, {})
-                store.keep(row)
-            bench.value(name, row.perplexity, "ppl", n=windows, note=f"{row.seconds:.0f} s of work")
+    rows = [(f"{size:g} MB", percent) for size in SIZES_MB for percent in (0, 10, 20)]
+    measured_beside(store, [((name,), percent) for name, percent in rows], work, jobs=jobs)
+    for name, percent in rows:
+        row = measured(store, name, percent, work)
+        title = f"{name}, {percent} % pruned"
+        bench.value(title, row.perplexity, "ppl", n=work.windows, note=f"{row.seconds:.0f} s of work; {row.machine}")
+        bench.value(f"{title}, fresh windows", row.fresh, "ppl", n=work.windows)
 
 
 def whole_model(bench: Benchmark, store: Store) -> None:
@@ -191,28 +184,34 @@ def whole_model(bench: Benchmark, store: Store) -> None:
     bench.at_most("whole-model whitened decomposition, minutes", minutes, MINUTES)
 
 
-def speed(bench: Benchmark, store: Store, pruned: Checkpoint, *, rounds: int) -> None:
+def speed(bench: Benchmark, store: Store, work: Work, *, rounds: int) -> None:
+    """The planned model and one of fewer layers against the source, all at 4 bits."""
     bundles = {
-        "source, int4": bundle(store, "source int4", open_model(MODEL_NAME)),
-        "planned 20 %, int4": bundle(store, "planned 20 int4", pruned),
+        "source, int4": bundle(store, "source int4", lambda: open_model(MODEL_NAME)),
+        "planned 20 %, int4": bundle(store, "planned 20 int4", lambda: model_of(store, "planned", 20, work)),
+        "six layers dropped, int4": bundle(store, "dropped 20 int4", lambda: model_of(store, "dropped", 20, work)),
     }
     rates = race(bundles, rounds=rounds)
     medians = {name: bench.samples(f"{name}: decode", values, unit="tok/s") for name, values in rates.items()}
     for name, path in bundles.items():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         bench.value(f"{name}: file", size / 1e6, "MB")
-    bench.value("paired ratio of decode", statistics.median(
-        b / a for a, b in zip(*rates.values(), strict=True)), "x", n=rounds)  # fmt: skip
+    for name in list(rates)[1:]:
+        ratios = [b / a for a, b in zip(rates["source, int4"], rates[name], strict=True)]
+        bench.value(f"{name}: paired ratio of decode", statistics.median(ratios), "x", n=rounds)
     bench.at_least("20 % pruned: decode against the source at the same bits, x",
                    medians["planned 20 %, int4"] / medians["source, int4"], FASTER)  # fmt: skip
 
 
 def factors(bench: Benchmark, store: Store, *, rounds: int) -> None:
     """A model of factors as the exporter keeps or contracts them, against the dense one, both at 4 bits."""
-    folder = store.folder / "factored 16"
-    factored = open_checkpoint(folder) if folder.exists() else compressed(folder, LowRank(keep=0.6, multiple=32))
+
+    def factored() -> Checkpoint:
+        folder = store.folder / "factored 16"
+        return open_checkpoint(folder) if folder.exists() else compressed(folder, LowRank(keep=0.6, multiple=32))
+
     bundles = {
-        "dense, int4": bundle(store, "source int4", open_model(MODEL_NAME)),
+        "dense, int4": bundle(store, "source int4", lambda: open_model(MODEL_NAME)),
         "factored, int4": bundle(store, "factored int4", factored),
     }
     rates = race(bundles, rounds=rounds)
@@ -220,13 +219,13 @@ def factors(bench: Benchmark, store: Store, *, rounds: int) -> None:
     bench.at_least("factored at a kept share of 0.6: decode against dense, x", other / dense, NO_SLOWER)
 
 
-def bundle(store: Store, name: str, checkpoint: Checkpoint) -> Path:
-    """The bundle of the model at 4 bits for this machine, made once."""
+def bundle(store: Store, name: str, model: Callable[[], Checkpoint]) -> Path:
+    """The bundle of a model at 4 bits for this machine, made once."""
     path = store.folder / f"{name} bundle"
     if not path.exists():
         small = store.folder / name
         if not small.exists():
-            compressed(small, Int4(), source=checkpoint)
+            compressed(small, Int4(), source=model())
         export(open_checkpoint(small), path, target=find_target(host_target()), accept_drift=True)
     return path
 

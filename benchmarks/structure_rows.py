@@ -10,14 +10,24 @@ The share is that of the decoder's 106.2 million parameters; three and six of th
     plain SVD          the same share of each matrix, truncated without looking at what it reads
     whitened SVD       the same in the metric of the inputs; planned ranks: by measured sensitivity
     MPO                two sites, refined by least squares on the inputs
+
+    50 MB, 60 MB       bits for each matrix within the size (`quant.mixed`), of the planned model or, at 0 %, the source
+
+Each is scored on windows 1 to 24 of the text, whose first half settings were once picked on, and on windows 25 to 48,
+which nothing was picked on ("fresh"). Rows of one store may come from several machines; each says from which.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
 import shutil
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +37,12 @@ from common import data
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.evaluate.perplexity import log_likelihoods
+from edgekit.host import host_device
 from edgekit.merge.drop import Drop
 from edgekit.merge.layers import Merge
 from edgekit.model.sources import open_model
 from edgekit.prune.steps import Neurons, Planned
+from edgekit.quant.mixed import Mixed
 from edgekit.recipe import Recipe
 from edgekit.step import CalibrationOptions, Step
 from edgekit.tn.mpo_step import Mpo
@@ -40,24 +52,23 @@ MODEL_NAME = "smollm2-135m"
 WINDOW = 1024
 LAYERS = {10: 3, 20: 6}
 TEXTS = ("wikipedia_sample.txt.gz", "c4_calibration.jsonl.gz")
-ROWS = (
-    "planned",
-    "merged",
-    "merged, repaired",
-    "dropped alike",
-    "dropped",
-    "dropped, repaired",
-    "neurons",
-    "planned ranks",
-    "whitened SVD",
-    "plain SVD",
-    "MPO",
+CHAINS = (  # of rows: those of one chain are measured one after another, the longest chains first
+    ("planned",),
+    ("neurons",),
+    ("MPO",),
+    ("planned ranks",),
+    ("merged", "merged, repaired", "dropped alike"),
+    ("dropped, repaired",),
+    ("whitened SVD",),
+    ("plain SVD",),
+    ("dropped",),
 )
+FRESH = 24  # the first window that nothing was picked on
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one share: seconds of work, perplexity on the first windows and on those nothing was chosen on."""
+    """One way at one share: seconds of work, perplexity on the first windows and on as many fresh ones."""
 
     name: str
     percent: int
@@ -67,6 +78,17 @@ class Row:
     perplexity: float
     fresh: float
     options: dict[str, Any]
+    machine: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How rows are measured: calibration windows, scored windows and where torch computes."""
+
+    samples: int
+    windows: int
+    ids: list[int] = field(repr=False)
+    compute: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -75,11 +97,11 @@ class Store:
 
     folder: Path
 
-    def find(self, name: str, percent: int, samples: int, windows: int) -> Row | None:
+    def find(self, name: str, percent: int, work: Work) -> Row | None:
         path = self.folder / "rows.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             row = Row(**json.loads(line))
-            if (row.name, row.percent, row.samples, row.windows) == (name, percent, samples, windows):
+            if (row.name, row.percent, row.samples, row.windows) == (name, percent, work.samples, work.windows):
                 return row
         return None
 
@@ -90,34 +112,74 @@ class Store:
         return row
 
 
-def measured(store: Store, name: str, percent: int, *, samples: int, windows: int, ids: list[int]) -> Row:
-    """The row, from the store or by doing its work. The planned model's folder stays in the store."""
-    found = store.find(name, percent, samples, windows)
+def measured(store: Store, name: str, percent: int, work: Work) -> Row:
+    """The row, from the store or by doing its work."""
+    found = store.find(name, percent, work)
     if found is not None:
         return found
     started = time.perf_counter()
-    folder = store.folder / f"{name} {percent} {samples}"
     if name == "source":
         checkpoint = open_model(MODEL_NAME)
-    elif folder.exists():
-        checkpoint = open_checkpoint(folder)
     else:
-        checkpoint = compressed(folder, *steps(store, name, percent, samples, windows), samples=samples)
+        checkpoint = model_of(store, name, percent, work)
     seconds = time.perf_counter() - started
     options = checkpoint.manifest.steps[-1].options if checkpoint.manifest else {}
-    fresh = windows // 2 if name in ("source", "planned", "neurons") else 0
-    losses = [window_loss(checkpoint, cut(ids, first, count)) for first, count in ((0, windows), (24, fresh)) if count]
-    row = Row(name, percent, samples, windows, seconds, losses[0], losses[1] if fresh else 0.0, dict(options))
+    row = scored(name, percent, checkpoint, work, seconds, dict(options))
     if name not in ("source", "planned"):
-        shutil.rmtree(folder)
+        shutil.rmtree(store.folder / f"{name} {percent} {work.samples}")
     return store.keep(row)
 
 
-def steps(store: Store, name: str, percent: int, samples: int, windows: int) -> tuple[Step, ...]:
+def scored(name: str, percent: int, checkpoint: Checkpoint, work: Work, seconds: float, options: dict[str, Any]) -> Row:
+    """The row of a model."""
+    losses = [window_loss(checkpoint, cut(work.ids, first, work.windows), work.compute) for first in (0, FRESH)]
+    return Row(name, percent, work.samples, work.windows, seconds, *losses, options, machine(work.compute))
+
+
+def measured_beside(store: Store, chains: Sequence[tuple[tuple[str, ...], int]], work: Work, *, jobs: int) -> None:
+    """Measure chains of rows (names, percent) in `jobs` processes; what is in the store already costs nothing."""
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_measure_chain, store, names, percent, work) for names, percent in chains]:
+            done.result()
+
+
+def _measure_chain(store: Store, names: tuple[str, ...], percent: int, work: Work) -> None:
+    for name in names:
+        row = measured(store, name, percent, work)
+        print(f"{name}, {percent} %: {row.perplexity:.2f} in {row.seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def model_of(store: Store, name: str, percent: int, work: Work) -> Checkpoint:
+    """The model of a row. The folder stays in the store; a row that was measured elsewhere says what was chosen."""
+    folder = store.folder / f"{name} {percent} {work.samples}"
+    if folder.exists():
+        return open_checkpoint(folder)
+    start = model_of(store, "planned", percent, work) if name.endswith("MB") and percent else None
+    known, made = store.find(name, percent, work), steps(store, name, percent, work)
+    if known is not None and known.options.get("plan"):
+        made = (dataclasses.replace(made[0], plan=tuple(known.options["plan"])),)  # type: ignore[type-var]
+    if known is not None and name == "dropped":
+        made = (Drop(layers=tuple(known.options["layers"]), repair=0.0),)
+    return compressed(folder, *made, samples=work.samples, source=start, compute=work.compute)
+
+
+def machine(compute: str) -> str:
+    """Where a row was computed."""
+    host = host_device().fingerprint()["device"]
+    if not compute.startswith("cuda"):
+        return host
+    import torch
+
+    return f"{torch.cuda.get_device_name(compute)}, torch {torch.__version__}; {host}"
+
+
+def steps(store: Store, name: str, percent: int, work: Work) -> tuple[Step, ...]:
     """The recipe of a row."""
+    if name.endswith(" MB"):
+        return (Mixed(target_mb=float(name.removesuffix(" MB"))),)
     share, count = percent / 100, LAYERS[percent]
     if name in ("merged, repaired", "dropped alike"):
-        merged = store.find("merged", percent, samples, windows)
+        merged = store.find("merged", percent, work)
         assert merged is not None, "merging comes first: it says which layers"
         layers, ratios = tuple(merged.options["layers"]), tuple(merged.options["ratios"])
         return (Merge(layers=layers, ratios=ratios),) if name != "dropped alike" else (Drop(layers=layers, repair=0.0),)
@@ -135,11 +197,13 @@ def steps(store: Store, name: str, percent: int, samples: int, windows: int) -> 
     return (table[name],)
 
 
-def compressed(output: Path, *steps: Step, samples: int = 16, source: Checkpoint | None = None) -> Checkpoint:
+def compressed(
+    output: Path, *steps: Step, samples: int = 16, source: Checkpoint | None = None, compute: str = "cpu"
+) -> Checkpoint:
     """The folder of the model after `steps`, calibrated on Wikipedia and C4."""
     files = tuple(str(data(f"text/{name}")) for name in TEXTS)
     recipe = Recipe(output.name, "", steps, calibration=CalibrationOptions(files, samples))
-    compress(source or open_model(MODEL_NAME), recipe, output)
+    compress(source or open_model(MODEL_NAME), recipe, output, compute=compute)
     return open_checkpoint(output)
 
 
@@ -148,22 +212,22 @@ def cut(ids: list[int], first: int, count: int) -> list[list[int]]:
     return [ids[at * WINDOW : (at + 1) * WINDOW] for at in range(first, first + count)]
 
 
-def window_loss(checkpoint: Checkpoint, windows: list[list[int]]) -> float:
+def window_loss(checkpoint: Checkpoint, windows: list[list[int]], compute: str = "cpu") -> float:
     """Perplexity of the second halves of the windows, in torch and float32, layer by layer."""
     import torch
 
-    from edgekit.model.torch_view import Layer, rms_norm
+    from edgekit.model.torch_view import Layer, rms_norm, torch_device
 
-    config = checkpoint.decoder
+    config, on = checkpoint.decoder, torch_device(compute)
     with torch.inference_mode():
-        table = torch.from_numpy(checkpoint.weight("model.embed_tokens").dense())
-        states = [table[torch.tensor([tokens])] for tokens in windows]
+        table = torch.from_numpy(checkpoint.weight("model.embed_tokens").dense()).to(on)
+        states = [table[torch.tensor([tokens], device=on)] for tokens in windows]
         for index in range(config.layers):
-            layer = Layer.of(checkpoint.read_block(f"layers.{index}"), config)
+            layer = Layer.of(checkpoint.read_block(f"layers.{index}"), config, on)
             states = [layer(state) for state in states]
-        gain = torch.from_numpy(checkpoint.vector("model.norm.weight"))
+        gain = torch.from_numpy(checkpoint.vector("model.norm.weight")).to(on)
         losses = []
         for state, tokens in zip(states, windows, strict=True):
             logits = rms_norm(state[0, WINDOW // 2 : -1], gain, config.norm_eps) @ table.T
-            losses.append(-log_likelihoods(logits.numpy(), tokens[WINDOW // 2 + 1 :]))
+            losses.append(-log_likelihoods(logits.numpy(force=True), tokens[WINDOW // 2 + 1 :]))
     return float(np.exp(np.concatenate(losses).mean()))

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from edgekit.checkpoint import Block, Checkpoint, Entry
 from edgekit.errors import ModelError, UserError
-from edgekit.model.calibration import LayerInputs, Room, Stream, Windows, token_windows
+from edgekit.model.calibration import LayerInputs, Room, Stream
+from edgekit.model.torch_view import torch_device
+from edgekit.model.windows import Windows, token_windows
 from edgekit.recipe import Recipe
 from edgekit.step import CalibrationRecord, Changes, Inputs, InputStatistics, Remover, Step, StepContext
 
@@ -176,16 +178,19 @@ def begin_walk(
     context: StepContext,
     folder: Path,
     limit: int | None,
+    compute: str = "cpu",
 ) -> Walk:
     """Read the calibration text of `recipe` and stand before the first block.
 
-    States beyond `limit` bytes (half of the free memory when None) spill to `folder`. Raises UserError: two steps need
-    originals, or the text is no good; ModelError: the model has no tokenizer.
+    States beyond `limit` bytes (half of the free memory when None) spill to `folder`; layers run on the torch device
+    `compute`. Raises UserError: two steps need originals, the text is no good, or there is no such device;
+    ModelError: the model has no tokenizer.
     """
     if sum(step.needs == "originals" for step in recipe.steps) > 1:
         raise UserError("one step of a recipe may follow the original model: this recipe has more")
     windows = token_windows(prepared, recipe.calibration, seed=recipe.seed)
-    room = Room(folder, psutil.virtual_memory().available // 2 if limit is None else limit)
+    limit = psutil.virtual_memory().available // 2 if limit is None else limit
+    room = Room(folder, limit, torch_device(compute))
     return Walk(source, prepared, recipe.steps, context, windows, room)
 
 

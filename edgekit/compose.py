@@ -80,10 +80,16 @@ def measure(
     *,
     report: Callable[[int, int], None] = lambda done, total: None,
     mixed: Mixed = MIXED,
+    compute: str = "cpu",
 ) -> Sensitivity:
-    """The sensitivity of a model of floats. Raises UserError: the text is missing or too short."""
+    """The sensitivity of a model of floats; its layers run on the torch device `compute`.
+
+    Raises UserError: the text is missing or too short, or there is no such device.
+    """
     from edgekit.calibrate import Survey
-    from edgekit.model.calibration import Room, token_windows
+    from edgekit.model.calibration import Room
+    from edgekit.model.torch_view import torch_device
+    from edgekit.model.windows import token_windows
     from edgekit.quant.sensitivity import curvatures
 
     windows = token_windows(checkpoint, text, seed=0)
@@ -96,7 +102,7 @@ def measure(
     others = 0
     budget = Budget(1.0, "share", 4.5, None)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        room = Room(Path(folder), psutil.virtual_memory().available // 2)
+        room = Room(Path(folder), psutil.virtual_memory().available // 2, torch_device(compute))
         names = tuple(checkpoint.blocks)
         survey = Survey(checkpoint.decoder, windows, room, names, checkpoint.read_block, report)
         for block, found, squares in curvatures(survey, seed=0):
@@ -132,17 +138,22 @@ def measure(
 
 
 def measured_once(
-    checkpoint: Checkpoint, text: CalibrationOptions, path: Path, *, report: Callable[[int, int], None]
+    checkpoint: Checkpoint,
+    text: CalibrationOptions,
+    path: Path,
+    *,
+    compute: str = "cpu",
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
     """`measure`, kept in the file `path` for the next call with the same model and text."""
-    from edgekit.model.calibration import token_windows
+    from edgekit.model.windows import token_windows
 
     if path.exists():
         found = Sensitivity.load(path)
         now = token_windows(checkpoint, text, seed=0).record.sha256
         if (found.model, found.text) == (checkpoint.source.digest, now):
             return found
-    found = measure(checkpoint, text, report=report)
+    found = measure(checkpoint, text, report=report, compute=compute)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return found
@@ -159,8 +170,10 @@ class Composition:
     size_mb: float = 0.0
 
     def __str__(self) -> str:
-        pruned = f"{self.layers} layers dropped, {self.prune:.1%} pruned"
-        return f"{pruned}, factors keep {self.rank:.1%}, {self.size_mb:.1f} MB"
+        parts = [f"{self.layers} layer{'s' * (self.layers > 1)} dropped"] if self.layers else []
+        parts += [f"{100 * self.prune:.0f} % pruned"] if self.prune else []
+        parts += [f"factors keep {100 * self.rank:.0f} %"] if self.rank < 1 else []
+        return f"{', '.join(parts) or 'bits alone'}, within {self.size_mb:.3g} MB"
 
 
 @dataclass(frozen=True)

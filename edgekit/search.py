@@ -15,9 +15,9 @@ Source: optuna, Akiba et al., arXiv 1907.10902; sampler: multi-objective tree-st
 
 from __future__ import annotations
 
-import html
 import multiprocessing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compose import Candidate, Composition, Sensitivity, composed
 from edgekit.device import Device, load_device
 from edgekit.errors import BudgetError, UserError
+from edgekit.search_plot import Dot, write_front
 from edgekit.step import CalibrationOptions
 
 if TYPE_CHECKING:
@@ -199,12 +200,10 @@ class Confirmed:
 def contenders(best: Sequence[Candidate], found: Sensitivity, goal: Goal, count: int) -> list[Candidate]:
     """The `count` to be built: bits alone where they meet the goal, and those of least predicted loss that differ."""
     chosen = []
-    try:
+    with suppress(BudgetError):  # bits alone may not get so small
         alone = composed(found, Composition(size_mb=goal.size_mb), goal.profile)
         if not goal.latency_ms or alone.latency_ms <= goal.latency_ms:
             chosen.append(alone)
-    except BudgetError:
-        pass  # bits alone do not get so small
     for candidate in best:
         known = [(one.composition.layers, one.composition.prune, one.composition.rank) for one in chosen]
         made = candidate.composition
@@ -219,13 +218,15 @@ def confirmed(
     text: CalibrationOptions,
     folder: Path,
     *,
+    compute: str = "cpu",
     report: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[Confirmed]:
     """Build the candidates in `folder`, those that stand there already as they are; the nearest to the source first."""
     from edgekit.compress import compress
 
     built = []
-    for candidate in candidates:
+    for index, candidate in enumerate(candidates, 1):
+        title = f"{index} of {len(candidates)}, {candidate.composition}"
         recipe = candidate.recipe("search", text)
         output = folder / f"candidate-{recipe.sha256[:16]}"
         if not output.exists():
@@ -234,35 +235,38 @@ def confirmed(
                 recipe,
                 output,
                 resume=True,
-                on_progress=lambda state: report(f"building {candidate.composition}", state.done, state.total),  # noqa: B023
+                compute=compute,
+                on_progress=lambda state: report(f"building {title}", state.done, state.total),  # noqa: B023
             )
-        built.append(Confirmed(candidate, output, divergence_of(source, open_checkpoint(output), text)))
+        built.append(
+            Confirmed(candidate, output, divergence_of(source, open_checkpoint(output), text, compute=compute))
+        )
     return sorted(built, key=lambda one: one.kl)
 
 
-def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOptions) -> float:
+def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOptions, *, compute: str = "cpu") -> float:
     """KL(source || other) in nats a token, on windows of the text beyond those that steps are calibrated on."""
     import dataclasses
 
     import torch
 
-    from edgekit.model.calibration import token_windows
-    from edgekit.model.torch_view import Layer, rms_norm
+    from edgekit.model.torch_view import Layer, rms_norm, torch_device
+    from edgekit.model.windows import token_windows
 
     more = dataclasses.replace(text, samples=text.samples + CHECK_WINDOWS)
     ids = token_windows(source, more, seed=0).ids[text.samples :]
-    total, count = 0.0, 0
+    total, count, on = 0.0, 0, torch_device(compute)
     with torch.inference_mode():
         for row in ids:
             logits = []
             for model in (source, other):
                 config = model.decoder
-                table = torch.from_numpy(model.weight("model.embed_tokens").dense())
-                x = table[torch.from_numpy(row)][None]
+                table = torch.from_numpy(model.weight("model.embed_tokens").dense()).to(on)
+                x = table[torch.from_numpy(row).to(on)][None]
                 for index in range(config.layers):
-                    x = Layer.of(model.read_block(f"layers.{index}"), config)(x)
-                gain = torch.from_numpy(model.vector("model.norm.weight"))
-                head = table if config.tied else torch.from_numpy(model.weight("lm_head").dense())
+                    x = Layer.of(model.read_block(f"layers.{index}"), config, on)(x)
+                gain = torch.from_numpy(model.vector("model.norm.weight")).to(on)
+                head = table if config.tied else torch.from_numpy(model.weight("lm_head").dense()).to(on)
                 logits.append(torch.log_softmax(rms_norm(x[0], gain, config.norm_eps) @ head.T, dim=-1))
             total += float((logits[0].exp() * (logits[0] - logits[1])).sum())
             count += len(row)
@@ -273,35 +277,12 @@ def divergence_of(source: Checkpoint, other: Checkpoint, text: CalibrationOption
 
 
 def write_plot(storage: str, found: Sensitivity, best: Sequence[Candidate], goal: Goal, path: Path) -> None:
-    """All trials as dots of size and predicted loss, the front as a line, in one self-contained HTML page."""
-    if path.suffix != ".html":
-        raise UserError(f"a plot is written to an .html file: got {path}")
-    dots = [
-        (trial.values[0], trial.values[1], str(Composition(**trial.params)))
+    """All trials and the front in one page (`edgekit.search_plot`). Raises UserError: `path` is no .html."""
+    tried = [
+        Dot(trial.values[0], trial.values[1], str(Composition(**trial.params)))
         for trial in _study(storage, goal.study(found)).trials
         if trial.values is not None
     ]
-    xs, ys = [x for x, _, _ in dots], [y for _, y, _ in dots]
-    low, high = (min(xs), max(ys)), (max(xs), min(ys))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - low[0]) / ((high[0] - low[0]) or 1)
-        return 60 + 620 * across, 380 - 340 * (y - high[1]) / ((low[1] - high[1]) or 1)
-
-    marks = "".join(
-        f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3"><title>{html.escape(said)}: {y:.3f} nats</title></circle>'
-        for (x, y, said) in dots
-        for cx, cy in [place(x, y)]
-    )
-    corners = sorted((one.size_bytes / 1e6, one.loss) for one in best)
-    line = " ".join(f"{cx:.1f},{cy:.1f}" for cx, cy in (place(*corner) for corner in corners))
-    limit = f", {goal.latency_ms:g} ms on {html.escape(goal.device)}" if goal.latency_ms else ""
-    page = f"""<!doctype html><meta charset="utf-8"><title>Search</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{{font:14px system-ui,sans-serif}}circle{{fill:#88a}}polyline{{fill:none;stroke:#c33;stroke-width:2}}</style>
-<h1>{len(dots)} compositions within {goal.size_mb:g} MB{limit}</h1>
-<svg viewBox="0 0 720 430" width="720">{marks}<polyline points="{line}"/>
-<text x="60" y="410">{low[0]:.1f} MB</text><text x="680" y="410" text-anchor="end">{high[0]:.1f} MB</text>
-<text x="55" y="45" text-anchor="end">{low[1]:.2f}</text><text x="55" y="380" text-anchor="end">{high[1]:.2f}</text>
-<text x="370" y="425" text-anchor="middle">size; up: predicted loss, nats a token</text></svg>"""
-    path.write_text(page, encoding="utf-8")
+    front = [Dot(one.size_bytes / 1e6, one.loss, str(one.composition)) for one in best]
+    limit = f" and {goal.latency_ms:g} ms on {goal.device}" if goal.latency_ms else ""
+    write_front(tried, front, path, title=f"{len(tried)} compositions within {goal.size_mb:g} MB{limit}")

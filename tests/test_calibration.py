@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def windows_of(checkpoint: Checkpoint, text: Path, *, seed: int = 0, samples: int = SAMPLES) -> Any:
-    from edgekit.model.calibration import token_windows
+    from edgekit.model.windows import token_windows
 
     return token_windows(checkpoint, CalibrationOptions((str(text),), samples, LENGTH), seed=seed)
 
@@ -67,7 +67,7 @@ def test_windows_are_the_seed_s_and_on_record(checkpoint: Checkpoint, text: Path
 
 @pytest.mark.parametrize("suffix", ["txt", "txt.gz", "jsonl", "jsonl.gz"])
 def test_all_kinds_of_files_hold_documents(tmp_path: Path, suffix: str) -> None:
-    from edgekit.model.calibration import read_documents
+    from edgekit.model.windows import read_documents
 
     lines = [{"text": "one\ntwo"}, {"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "b"}]}]
     content = "\n".join(map(json.dumps, lines)) + "\n\n" if "jsonl" in suffix else "one\n" * 5000
@@ -94,7 +94,7 @@ def test_all_kinds_of_files_hold_documents(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    from edgekit.model.calibration import read_documents
+    from edgekit.model.windows import read_documents
 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -102,7 +102,7 @@ def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, mes
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    from edgekit.model.calibration import read_documents
+    from edgekit.model.windows import read_documents
 
     with pytest.raises(UserError, match=r"nowhere\.txt \(No such file"):
         read_documents(tmp_path / "nowhere.txt")
@@ -116,7 +116,7 @@ def test_too_little_text_is_refused_with_the_numbers(checkpoint: Checkpoint, tmp
 
 
 def test_what_is_asked_for_must_be_possible(checkpoint: Checkpoint, text: Path) -> None:
-    from edgekit.model.calibration import token_windows
+    from edgekit.model.windows import token_windows
 
     with pytest.raises(UserError, match="name files with --calibration"):
         token_windows(checkpoint, CalibrationOptions(), seed=0)

@@ -23,8 +23,10 @@ from tiny import tiny_folder, tiny_gguf
 
 import edgekit.compress as runner
 from edgekit.checkpoint import open_checkpoint
-from edgekit.compress import Progress, compress, plan
+from edgekit.compress import compress
 from edgekit.errors import BudgetError, ModelError, UserError
+from edgekit.forecast import plan
+from edgekit.job import Progress
 from edgekit.manifest import Manifest
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model

@@ -18,8 +18,9 @@ from tiny import tiny_folder
 import edgekit.compress as runner
 import edgekit.journal as journal_module
 from edgekit.checkpoint import open_checkpoint
-from edgekit.compress import Progress, compress
+from edgekit.compress import compress
 from edgekit.errors import EdgekitError, UserError
+from edgekit.job import Progress
 from edgekit.journal import Journal, locked_work_folder
 from edgekit.manifest import Manifest
 from edgekit.model.sources import open_model
@@ -222,7 +223,7 @@ def test_another_recipe_source_or_version_cannot_be_resumed(
         compress(open_model(str(model)), reseeded, stopped, resume=True)
     with pytest.raises(UserError, match="the source model changed"):
         compress(open_model(str(other)), ROTATED, stopped, resume=True)
-    monkeypatch.setattr(runner, "_versions", lambda: {"edgekit": "9.9"})
+    monkeypatch.setattr("edgekit.job._versions", lambda: {"edgekit": "9.9"})
     with pytest.raises(UserError, match=r"the versions \(edgekit 0.* -> 9.9, .*\) changed .*--force"):
         compress(open_model(str(model)), ROTATED, stopped, resume=True)
     assert {path.name: path.read_bytes() for path in partial(stopped).iterdir()} == before

@@ -40,6 +40,7 @@ LAYERS = {
     # light: what runs, measures and serves a bundle
     "core": Layer("__init__ errors folder schema manifest report device host", "", "rich"),
     "bundle": Layer("bundle", "core", "numpy"),
+    "heatmap": Layer("heatmap", "core", "numpy matplotlib"),
     "weight": Layer("weight", "core", "numpy"),
     "kernels": Layer("kernels", "core bundle weight", "numpy onnxruntime"),
     "profile": Layer("profile", "core bundle kernels runtime", "numpy onnxruntime tokenizers"),
@@ -57,11 +58,15 @@ LAYERS = {
     "step": Layer("step recipe", "core weight config checkpoint", "numpy"),
     "quant": Layer("quant", "core weight config checkpoint model step sensitivity", "numpy"),
     "compress": Layer(
-        "compress journal", "core weight config checkpoint step calibrate passes", "psutil safetensors torch"
+        "compress job forecast journal",
+        "core weight config checkpoint step calibrate passes",
+        "psutil safetensors torch",
     ),
     # compress: what needs activations; the layers above import it late
     "calibration": Layer(
-        "model.torch_view model.calibration", "core weight config checkpoint model step", "numpy torch tokenizers"
+        "model.torch_view model.windows model.calibration",
+        "core weight config checkpoint model step",
+        "numpy torch tokenizers",
     ),
     "passes": Layer("passes", "core weight config checkpoint model step heal", ""),
     "calibrate": Layer("calibrate", "core weight config checkpoint model step calibration", "numpy psutil safetensors"),
@@ -72,16 +77,16 @@ LAYERS = {
     ),
     "structure": Layer(
         "prune merge",
-        "core weight config checkpoint model step calibration calibrate sensitivity quant",
-        "numpy scipy psutil matplotlib",
+        "core heatmap weight config checkpoint model step calibration calibrate sensitivity quant",
+        "numpy scipy psutil",
     ),
     "tn": Layer(
         "tn",
-        "core weight config checkpoint model step calibration calibrate sensitivity quant",
-        "numpy tensorly psutil matplotlib",
+        "core heatmap weight config checkpoint model step calibration calibrate sensitivity quant",
+        "numpy tensorly psutil",
     ),
     "search": Layer(
-        "compose search",
+        "compose search search_plot",
         "core weight config checkpoint model step calibration calibrate sensitivity quant structure tn compress",
         "numpy psutil optuna torch",
     ),

@@ -16,8 +16,10 @@ from tiny import tiny_folder
 
 import edgekit.compress as runner
 from edgekit.checkpoint import Block, Checkpoint, open_checkpoint
-from edgekit.compress import Progress, compress, plan
+from edgekit.compress import compress
 from edgekit.errors import ModelError, UserError
+from edgekit.forecast import plan
+from edgekit.job import Progress
 from edgekit.model.sources import open_model
 from edgekit.quant.gptq import output_error
 from edgekit.quant.grid import Grid, round_to_grid
@@ -282,8 +284,8 @@ def test_a_damaged_layer_is_named(tmp_path: Path, calibration: CalibrationOption
 def test_gptq_computes_closer_to_the_original_on_the_text(
     model: Checkpoint, calibration: CalibrationOptions, tmp_path: Path
 ) -> None:
-    from edgekit.model.calibration import token_windows
     from edgekit.model.reference import forward
+    from edgekit.model.windows import token_windows
 
     ids = token_windows(model, calibration, seed=0).ids.tolist()
     exact = np.concatenate(forward(model, ids))

@@ -12,8 +12,10 @@ import pytest
 from tiny import tiny_folder, tiny_gguf
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.compress import Progress, compress, plan
+from edgekit.compress import compress
 from edgekit.errors import BudgetError, UserError
+from edgekit.forecast import plan
+from edgekit.job import Progress
 from edgekit.manifest import Manifest
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model

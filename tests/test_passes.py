@@ -8,8 +8,9 @@ import pytest
 from tiny import CORPUS, tiny_folder
 
 from edgekit.checkpoint import open_checkpoint
-from edgekit.compress import compress, plan
+from edgekit.compress import compress
 from edgekit.errors import ModelError, UserError
+from edgekit.forecast import plan
 from edgekit.model.sources import open_path
 from edgekit.recipe import load_recipe, parse_recipe
 

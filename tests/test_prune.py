@@ -11,10 +11,12 @@ import pytest
 from tiny import tiny_folder, tiny_tokenizer
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.compress import Progress, compress, plan
+from edgekit.compress import compress
 from edgekit.errors import EdgekitError, UserError
 from edgekit.export.export import export
 from edgekit.export.targets import find_target
+from edgekit.forecast import plan
+from edgekit.job import Progress
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model
 from edgekit.prune.steps import CostTable, Heads, Neurons, Planned

@@ -10,10 +10,11 @@ import pytest
 from tiny import CORPUS, tiny_folder
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.compress import compress, plan
+from edgekit.compress import compress
 from edgekit.errors import BudgetError, UserError
 from edgekit.export.export import export
 from edgekit.export.targets import TARGETS
+from edgekit.forecast import plan
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model
 from edgekit.recipe import parse_recipe

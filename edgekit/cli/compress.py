@@ -40,6 +40,7 @@ def megabytes(text: str) -> float:
     multiple=True,
     help="Text for methods that need some: .txt, .jsonl, also .gz; may be given again. For .onnx files an .npz.",
 )
+@click.option("--compute", default="cpu", show_default=True, help="Where torch runs the calibration text: cpu, cuda.")
 @click.option("--teacher", help="The model that a step heal.distill learns from.  [default: the recipe's, or MODEL]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder.")
@@ -59,6 +60,7 @@ def compress(
     confirm: int,
     plot: Path | None,
     calibration: tuple[Path, ...],
+    compute: str,
     teacher: str | None,
     resume: bool,
     force: bool,
@@ -75,7 +77,7 @@ def compress(
     A size alone searches over dropped layers, pruned heads and neurons, factors and bits; with -r mixed, bits only.
     """
     from edgekit.compress import compress as run
-    from edgekit.compress import plan
+    from edgekit.forecast import plan
     from edgekit.model.sources import open_model
     from edgekit.recipe import calibrated_on, load_recipe, within
 
@@ -104,7 +106,7 @@ def compress(
                 target,
                 Goal(megabytes(target_size), device or "", target_latency_ms),
                 calibration,
-                Work(trials, jobs, storage, confirm, plot, force=force, dry_run=dry_run),
+                Work(trials, jobs, storage, confirm, plot, compute, force=force, dry_run=dry_run),
                 as_json=as_json,
             )
         except ModuleNotFoundError as problem:
@@ -120,7 +122,9 @@ def compress(
     checkpoint = open_model(model, offline=offline, progress=lambda line: remarks().print(line))
     if dry_run:
         with progress("surveying", quiet=as_json) as advance:
-            forecast = plan(checkpoint, steps, on_progress=lambda state: advance(state.done, state.total))
+            forecast = plan(
+                checkpoint, steps, compute=compute, on_progress=lambda state: advance(state.done, state.total)
+            )
         if as_json:
             print_json(forecast)
         else:
@@ -136,6 +140,7 @@ def compress(
             resume=resume,
             force=force,
             teacher=original,
+            compute=compute,
             on_progress=lambda state: advance(state.done, state.total),
         )
     if as_json:

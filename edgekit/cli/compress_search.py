@@ -32,6 +32,7 @@ class Work:
     storage: str | None
     confirm: int
     plot: Path | None
+    compute: str
     force: bool
     dry_run: bool
 
@@ -57,7 +58,7 @@ def compress_by_search(
     place = Path(f"{os.path.abspath(target)}.search") if target else Path("edgekit.search").absolute()
     text = CalibrationOptions(tuple(map(str, calibration)), SAMPLES)
     with progress("measuring", quiet=as_json) as advance:
-        found = measured_once(checkpoint, text, place / "sensitivity.json", report=advance)
+        found = measured_once(checkpoint, text, place / "sensitivity.json", compute=work.compute, report=advance)
     storage = work.storage or str(place / "study.journal")
     with progress("searching", quiet=as_json) as advance:
         best = search(found, goal, storage, trials=work.trials, jobs=work.jobs, report=advance)
@@ -75,7 +76,12 @@ def compress_by_search(
     finalists = contenders(best, found, goal, work.confirm)
     with stages("building", quiet=as_json) as tell:
         built = confirmed(
-            checkpoint, finalists, text, place, report=lambda stage, done, total: tell(f"{stage}: {done} of {total}")
+            checkpoint,
+            finalists,
+            text,
+            place,
+            compute=work.compute,
+            report=lambda stage, done, total: tell(f"{stage}: block {done} of {total}" if total else stage),
         )
     refuse_existing(target, force=work.force)
     if target.exists():
@@ -86,8 +92,10 @@ def compress_by_search(
         print_json({"finalists": [{"composition": dataclasses.asdict(one.candidate.composition), "kl": one.kl,
                                    "size_bytes": one.candidate.size_bytes} for one in built]})  # fmt: skip
         return
+    click.echo(f"{target}: {built[0].candidate.composition}")
     for done in built:
+        mark = "taken" if done is built[0] else "built too"
         click.echo(
-            f"{done.candidate.composition}: {done.kl:.4f} nats from the source, {size(done.candidate.size_bytes)}"
+            f"  {mark}: {done.candidate.composition}: {size(done.candidate.size_bytes)},"
+            f" KL to the source {done.kl:.4f} nats a token on unseen text"
         )
-    click.echo(f"{target}: the first of them")

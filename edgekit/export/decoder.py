@@ -15,9 +15,11 @@ from onnx import TensorProto
 
 from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
-from edgekit.export.fit import layer_caches
+from edgekit.export.fit import layer_caches, layer_heads
 from edgekit.export.graph import Graph
 from edgekit.export.parts import Parts
+from edgekit.export.values import padded_values
+from edgekit.model.heads import Heads
 
 
 def build_decoder(
@@ -35,19 +37,21 @@ def build_decoder(
     layer), multiply in float32.
     Raises ModelError for weights that are missing or do not fit each other.
     """
-    caches = layer_caches(checkpoint)
+    caches, heads = layer_caches(checkpoint), layer_heads(checkpoint)
+    checkpoint = padded_values(checkpoint, heads)
     with Graph(folder) as graph:
         parts = Parts(checkpoint, graph, integer_bits=integer_bits, exact_layers=exact_layers)
         parts.rotary_tables(context)
-        _Decoder(parts).build(caches)
+        _Decoder(parts, heads).build(caches)
     return caches
 
 
 class _Decoder:
     """The flow of the graph: which node reads which."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, heads: Sequence[Heads]) -> None:
         self.parts = parts
+        self.heads = heads
         self.checkpoint = parts.checkpoint
         self.config = parts.config
         self.graph = parts.graph
@@ -55,17 +59,18 @@ class _Decoder:
     def build(self, caches: Sequence[LayerCache]) -> None:
         state = self.parts.embed("model.embed_tokens")
         normed = self.parts.normed(state, "model.layers.0.input_layernorm")
-        for index, cache in enumerate(caches):
+        for index in range(len(caches)):
             prefix = f"model.layers.{index}"
             following = f"model.layers.{index + 1}.input_layernorm" if index + 1 < len(caches) else "model.norm"
-            mixed = self.attention(f"{prefix}.self_attn", normed, index, kv_heads=cache.kv_heads)
+            mixed = self.attention(f"{prefix}.self_attn", normed, index)
             normed, state = self.add_and_norm(state, mixed, f"{prefix}.post_attention_layernorm")
             normed, state = self.add_and_norm(state, self.mlp(f"{prefix}.mlp", normed), following)
         self.parts.head(self.parts.keep_last(normed))
         signature = self.parts.signature(caches, cache_type=TensorProto.FLOAT)
         self.graph.save(*signature, title=self.config.architecture)
 
-    def attention(self, prefix: str, x: str, index: int, *, kv_heads: int) -> str:
+    def attention(self, prefix: str, x: str, index: int) -> str:
+        heads = self.heads[index]
         modules = [f"{prefix}.{name}_proj" for name in "qkv"]
         normed_heads = self.checkpoint.has(f"{prefix}.q_norm")
         if fused := None if normed_heads else self.parts.linears(modules, x, f"{prefix}.qkv_proj"):
@@ -77,15 +82,15 @@ class _Decoder:
         past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
         mixed = self.graph.contrib(
             "GroupQueryAttention",
-            [query, key, value, *past, "seqlens_k", "total_sequence_length", "rotary.cos", "rotary.sin"],
+            [query, key, value, *past, "seqlens_k", "total_sequence_length", *self.parts.rotary(prefix, heads)],
             prefix,
             outputs=[prefix, f"present.{index}.key", f"present.{index}.value"],
-            num_heads=self.checkpoint.shape(f"{prefix}.q_proj")[0] // self.config.head_dim,
-            kv_num_heads=kv_heads,
+            num_heads=heads.queries,
+            kv_num_heads=heads.keys,
             do_rotary=1,
             local_window_size=self.config.sliding_window or -1,
         )
-        return self.parts.linear(f"{prefix}.o_proj", mixed)
+        return self.parts.linear(f"{prefix}.o_proj", self.parts.unpadded_values(prefix, mixed, heads))
 
     def head_norm(self, x: str, module: str) -> str:
         """RMSNorm of each head by itself, as Qwen3 does before the rotation."""

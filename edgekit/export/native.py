@@ -23,13 +23,15 @@ from onnx import TensorProto, helper
 
 from edgekit.bundle import LayerCache
 from edgekit.checkpoint import Checkpoint
-from edgekit.export.fit import layer_caches
+from edgekit.export.fit import layer_caches, layer_heads, usual_caches
 from edgekit.export.graph import Graph
 from edgekit.export.parts import Parts
 from edgekit.export.sparse import KeyCode, SparseOptions
+from edgekit.export.values import padded_values
 from edgekit.kernels.functions import function_bodies
 from edgekit.kernels.opset import DOMAIN, attention_op
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
+from edgekit.model.heads import Heads
 from edgekit.weight import Dense, Factored, Quantized, concatenate, stored_parts
 
 CacheType = Literal["float16", "int8"]
@@ -49,13 +51,15 @@ def build_native_decoder(
     With `sparse`, whose layers need the codes `keys`, tokens attend to a part of a long cache. `cache` is what keys and
     values are kept in.
     """
-    caches = layer_caches(checkpoint)
+    caches = layer_caches(checkpoint) if sparse is None else usual_caches(checkpoint, "sparse attention")
+    heads = layer_heads(checkpoint)
+    checkpoint = padded_values(checkpoint, heads)
     if sparse is not None:
         caches = tuple(replace(layer, sparse=index >= sparse.dense_layers) for index, layer in enumerate(caches))
     with Graph(folder) as graph:
         parts = Parts(checkpoint, graph, integer_bits=(4, 8))
         parts.rotary_tables(context)
-        _NativeDecoder(parts, sparse, keys, int8=cache == "int8").build(caches)
+        _NativeDecoder(parts, heads, sparse, keys, int8=cache == "int8").build(caches)
     return caches
 
 
@@ -68,8 +72,17 @@ def runs_natively(checkpoint: Checkpoint) -> bool:
 class _NativeDecoder:
     """The flow of the graph: which node reads which."""
 
-    def __init__(self, parts: Parts, sparse: SparseOptions | None, keys: Sequence[KeyCode], *, int8: bool) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        heads: Sequence[Heads],
+        sparse: SparseOptions | None,
+        keys: Sequence[KeyCode],
+        *,
+        int8: bool,
+    ) -> None:
         self.parts = parts
+        self.heads = heads
         self.int8 = int8
         self.sparse = sparse
         self.keys = keys
@@ -84,6 +97,7 @@ class _NativeDecoder:
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
             qkv = self.read([f"{attention}.{x}_proj" for x in "qkv"], state, norm=f"{layer}.input_layernorm")
             mixed = self.attend(attention, qkv, index, cache)
+            mixed = self.parts.unpadded_values(attention, mixed, self.heads[index])
             state = self.add(f"{attention}.o_proj", mixed, state)
             gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
             state = self.add(f"{mlp}.down_proj", gated, state)
@@ -132,14 +146,14 @@ class _NativeDecoder:
             [
                 qkv,
                 *(f"past_key_values.{index}.{part}" for part in parts),
-                *("seqlens_k", "rotary.cos", "rotary.sin"),
+                *("seqlens_k", *self.parts.rotary(prefix, self.heads[index])),
                 *found,
                 *(map(self.parts.norm, norms) if normed else ()),
             ],
             prefix,
             outputs=[prefix, *(f"present.{index}.{part}" for part in parts)],
             domain=DOMAIN,
-            num_heads=self.checkpoint.shape(f"{prefix}.q_proj")[0] // cache.head_dim,
+            num_heads=self.heads[index].queries,
             kv_num_heads=cache.kv_heads,
             head_dim=cache.head_dim,
             local_window_size=self.config.sliding_window or -1,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgekit.bundle import MODEL, PREFILL, LayerCache
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import DeviceError
-from edgekit.export.fit import layer_caches
+from edgekit.export.fit import usual_caches
 from edgekit.export.graph import Graph
 from edgekit.export.static import Rounding, build_static
 from edgekit.runtime.providers import Choice, choose
@@ -39,7 +39,7 @@ def build_npu(
 
     `rounded`: activations in 16 bits, by ranges from the tokens of `sample`; else in floats.
     """
-    caches = layer_caches(checkpoint)
+    caches = usual_caches(checkpoint, "export for an NPU")
     with Graph(folder) as graph:
 
         def build(tokens: int, file: str, rounding: Rounding, *, observe: bool = False) -> None:

@@ -22,6 +22,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError
 from edgekit.export.graph import Graph
 from edgekit.export.stock import StockMatrix, stock_matrix
+from edgekit.model.heads import Heads
 from edgekit.model.rope import tables
 from edgekit.weight import Dense, Factored, Floats, Quantized, Weight, concatenate, stored_parts
 
@@ -86,6 +87,25 @@ class Parts:
             total = graph.node(joined, products, f"rotary.{name}.sum")
             flat = graph.node("Reshape", [total, shape], f"rotary.{name}.flat")
             graph.node("Slice", [flat, *ends], f"rotary.{name}.all", outputs=[f"rotary.{name}"])
+
+    def rotary(self, prefix: str, heads: Heads) -> list[str]:
+        """The tables that a layer's queries and keys turn by: the model's, or the columns of the pairs it has left."""
+        if 2 * len(heads.pairs) == self.config.head_dim:
+            return ["rotary.cos", "rotary.sin"]
+        pairs = self.graph.constant(f"{prefix}.pairs", np.array(heads.pairs, np.int64))
+        return [
+            self.graph.node("Gather", [f"rotary.{name}", pairs], f"{prefix}.{name}", axis=1) for name in ("cos", "sin")
+        ]
+
+    def unpadded_values(self, prefix: str, mixed: str, heads: Heads) -> str:
+        """What attention gives, without the channels that `edgekit.export.values` padded its values by."""
+        if heads.value_size == heads.key_size:
+            return mixed
+        split = self.graph.constant(f"{prefix}.split", np.array([0, 0, heads.queries, heads.key_size], np.int64))
+        flat = self.graph.constant("shape.flat", np.array([0, 0, -1], np.int64))
+        apart = self.graph.node("Reshape", [mixed, split], f"{prefix}.apart")
+        cut = self.slice(apart, 0, heads.value_size, axis=3, name=f"{prefix}.cut")
+        return self.graph.node("Reshape", [cut, flat], f"{prefix}.joined")
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)

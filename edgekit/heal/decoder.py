@@ -21,6 +21,7 @@ from edgekit.errors import ModelError
 from edgekit.heal.fake_quant import Levels
 from edgekit.heal.matrix import AnyMatrix, trainable_matrix
 from edgekit.model.config import DecoderConfig
+from edgekit.model.heads import refuse_thin_heads
 from edgekit.model.rope import tables
 
 TABLE, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
@@ -127,6 +128,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         def matrix(path: str) -> AnyMatrix:
             return trainable_matrix(checkpoint.weight(path), levels=levels(path), fixed=fixed, device=device)
 
+        refuse_thin_heads(checkpoint, "healing")
         config = checkpoint.decoder
         self.config: DecoderConfig = config
         self.recompute = False

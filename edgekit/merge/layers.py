@@ -29,6 +29,7 @@ from edgekit.checkpoint import Checkpoint, TensorReader
 from edgekit.errors import UserError
 from edgekit.merge.drop import Drop
 from edgekit.merge.similarity import MEASURES, Doubles, Measure, similarities
+from edgekit.model.heads import refuse_thin_heads
 from edgekit.weight import Floats
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Merge(Drop):
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
         """The model with its pairs joined; tensors are averaged when they are read."""
+        refuse_thin_heads(checkpoint, self.name)
         total = checkpoint.decoder.layers
         if 2 * self.count > total:
             raise UserError(f"merge.layers joins pairs: {self.count} pairs need {2 * self.count} layers of {total}")

@@ -1,6 +1,6 @@
-"""Calibration: text in, and out of it what each matrix of a model reads.
+"""Calibration: what each matrix of a model reads on a text.
 
-A text becomes `samples` windows of `length` tokens. Their hidden states walk through the model block by block, always
+The hidden states of the text's windows (`edgekit.model.windows`) walk through the model block by block, always
 through the blocks as compressed so far, so that a step sees the inputs that its matrices will really have. For a matrix
 that reads rows x_t (of T tokens in all), a step may ask for
 
@@ -19,144 +19,37 @@ system removes whatever happens. The products are float32 over a few windows at 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import hashlib
-import json
 import tempfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from edgekit.checkpoint import Block, Checkpoint
-from edgekit.errors import ModelError, UserError
+from edgekit.checkpoint import Block
+from edgekit.errors import ModelError
 from edgekit.model.config import DecoderConfig
 from edgekit.model.stages import Stage, stage_of
-from edgekit.model.torch_view import Layer, rms_norm
-from edgekit.step import CalibrationOptions, CalibrationRecord, InputStatistics
+from edgekit.model.torch_view import CPU, Layer, rms_norm
+from edgekit.model.windows import Windows
+from edgekit.step import InputStatistics
 from edgekit.weight import Floats, Weight
 
-PIECE = 8192  # characters of a plain text that are sampled as one document
 TOKENS_AT_ONCE = 2048
 FINAL_NORM = "model.norm.weight"
 WRITERS: dict[str, str] = {"mixed": "self_attn.o_proj", "gated": "mlp.down_proj"}  # who writes a stage to the stream
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def read_documents(path: Path) -> list[str]:
-    """The documents of a UTF-8 .txt or .jsonl file, either also as .gz, in their order.
-
-    A line of a .jsonl holds {"text": ...} or {"messages": [{"content": ...}, ...]}. A plain text is cut at line ends
-    into pieces of about 8,000 characters. Raises UserError: it cannot be read, or a line has neither.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    except OSError as problem:
-        raise UserError(f"a calibration file must be readable: {path} ({problem.strerror or problem})") from problem
-    except (EOFError, zlib.error) as problem:
-        raise UserError(f"a .gz file must be whole: {path} ({problem})") from problem
-    except UnicodeDecodeError as problem:
-        raise UserError(f"a calibration text must be UTF-8: {path}, byte {problem.start}") from problem
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        lines = enumerate(text.splitlines(), 1)
-        return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-    pieces, size = [""], 0
-    for line in text.splitlines(keepends=True):
-        if size > PIECE:
-            pieces.append("")
-            size = 0
-        pieces[-1] += line
-        size += len(line)
-    return [piece for piece in pieces if piece.strip()]
-
-
-def _document(line: str, where: str) -> str:
-    try:
-        data = json.loads(line)
-        if "messages" in data:
-            return "\n\n".join(message["content"] for message in data["messages"])
-        if isinstance(data["text"], str):
-            return str(data["text"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f'a calibration record must hold "text" or "messages": {where} does not')
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Token windows (samples, length) and the record of where they come from."""
-
-    ids: NDArray[np.int64]
-    record: CalibrationRecord
-
-
-def token_windows(checkpoint: Checkpoint, options: CalibrationOptions, *, seed: int) -> Windows:
-    """`options.samples` windows of the documents of all files, taken in an order that `seed` chooses.
-
-    Documents are joined by the model's end-of-text token; each window begins with the token that the tokenizer puts
-    before a text, where it has one. Raises UserError: the texts are too short, or no file is named; ModelError: the
-    model has no tokenizer.json.
-    """
-    if not options.files:
-        raise UserError(
-            "a step of this recipe needs calibration text: name files with --calibration (.txt or .jsonl, also .gz)"
-        )
-    length = options.length or min(1024, checkpoint.decoder.context_length)
-    if not 2 <= length <= checkpoint.decoder.context_length:
-        raise UserError(
-            f"calibration windows must have from 2 to {checkpoint.decoder.context_length} tokens, the model's context:"
-            f" got {length}"
-        )
-    tokenizer = _tokenizer(checkpoint)
-    documents = [document for file in options.files for document in read_documents(Path(file))]
-    order = np.random.default_rng((seed, len(documents))).permutation(len(documents))
-    first = tokenizer.encode("", add_special_tokens=True).ids[:1]
-    ends = list(checkpoint.decoder.eos_ids[:1])
-    needed, tokens = options.samples * (length - len(first)), list[int]()
-    for index in order:
-        tokens += tokenizer.encode(documents[index], add_special_tokens=False).ids + ends
-        if len(tokens) >= needed:
-            break
-    if len(tokens) < needed:
-        raise UserError(
-            f"calibration text must fill {options.samples} windows of {length} tokens ({needed}): it has {len(tokens)};"
-            " name more files, or ask for fewer samples"
-        )
-    ids = np.array(tokens[:needed], np.int64).reshape(options.samples, -1)
-    ids = np.concatenate([np.tile(np.array(first, np.int64), (options.samples, 1)), ids], axis=1)
-    if ids.max() >= checkpoint.decoder.vocabulary:
-        raise ModelError(f"the tokenizer must fit the model: token {ids.max()} of {checkpoint.decoder.vocabulary}")
-    names = tuple(sorted(Path(file).name for file in options.files))
-    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
-    return Windows(ids, CalibrationRecord(names, options.samples, length, digest))
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
-    except KeyError:
-        raise ModelError("calibration needs the model's tokenizer.json: it has none") from None
-    except Exception as problem:  # the tokenizers package raises nothing narrower
-        raise ModelError(f"tokenizer.json must be readable: {problem}") from problem
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
 class Room:
-    """Where states lie: in memory up to `limit_bytes`, beyond it in unnamed files in `folder`."""
+    """Where states lie: in memory up to `limit_bytes`, beyond it in unnamed files in `folder`. Layers run on `compute`,
+    a torch device, to which a few windows at a time are copied."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.folder, self.left = folder, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, compute: torch.device = CPU) -> None:
+        self.folder, self.left, self.compute = folder, limit_bytes, compute
 
     def take(self, shape: tuple[int, ...]) -> Floats:
         """An array (shape) float32; give it back with `give` to free its part of the limit."""
@@ -198,11 +91,12 @@ class LayerInputs:
 
     def output(self, block: Block) -> Floats:
         """The layer's output for all windows, (samples, length, hidden); the stages are given back."""
-        layer = Layer.of(block, self.config)
+        layer = self._layer(block)
         residual, gated = self._stage(block, "residual"), self._stage(block, "gated")
         result = self.room.take(self.states.shape)
         for part in self._parts():
-            result[part] = layer.add(_tensor(residual[part]), "mlp.down_proj", _tensor(gated[part])).numpy()
+            y = layer.add(self._tensor(residual[part]), "mlp.down_proj", self._tensor(gated[part]))
+            result[part] = y.numpy(force=True)
         for _, array in self._kept.values():
             self.room.give(array)
         self._kept.clear()
@@ -210,33 +104,33 @@ class LayerInputs:
         return result
 
     def _sum(self, block: Block, stage: Stage, module: str) -> InputStatistics:
-        layer = Layer.of(block, self.config)
+        layer = self._layer(block)
         x, source = self._reads(block, stage)
         width = self._width(layer, stage)
-        sums = _Sums(width)
+        sums = _Sums(width, self.room.compute)
         cross = drift = None
         if self.original is not None:
             there, whole = self.original
             other, its_source = there._reads(whole, stage)
-            its_layer = Layer.of(whole, self.config)
-            cross = torch.zeros(self._width(its_layer, stage), width, dtype=torch.float64)
-            drift = torch.zeros(self.config.hidden_size, width, dtype=torch.float64)
+            its_layer = self._layer(whole)
+            cross = sums.gram.new_zeros(self._width(its_layer, stage), width)
+            drift = sums.gram.new_zeros(self.config.hidden_size, width)
         for part in self._parts():
-            rows = _at(layer, stage, x[part]).flatten(0, 1)
+            rows = _at(layer, stage, self._tensor(x[part])).flatten(0, 1)
             sums.add(rows)
             if self.original is not None:
-                rows_there = _at(its_layer, stage, other[part]).flatten(0, 1)
+                rows_there = _at(its_layer, stage, self._tensor(other[part])).flatten(0, 1)
                 cross += (rows_there.T @ rows).double()
-                moved = _tensor(its_source[part]) - _tensor(source[part])
+                moved = self._tensor(its_source[part]) - self._tensor(source[part])
                 drift += (moved.flatten(0, 1).T @ rows).double()
         if cross is None or drift is None:
             return sums.statistics(module)
         writer = WRITERS.get(stage)
         return dataclasses.replace(
             sums.statistics(module),
-            cross=cross.numpy(),
-            drift=drift.numpy(),
-            aim=None if writer is None else (its_layer.matrices[writer].double() @ cross + drift).numpy(),
+            cross=cross.numpy(force=True),
+            drift=drift.numpy(force=True),
+            aim=None if writer is None else (its_layer.matrices[writer].double() @ cross + drift).numpy(force=True),
         )
 
     def _reads(self, block: Block, stage: Stage) -> tuple[Floats, Floats]:
@@ -260,24 +154,31 @@ class LayerInputs:
             return kept[1]
         if kept is not None:
             self.room.give(self._kept.pop(name)[1])
-        layer = Layer.of(block, self.config)
+        layer = self._layer(block)
         samples, length, hidden = self.states.shape
         if name == "residual":
             mixed = self._stage(block, "mixed")
             result = self.room.take((samples, length, hidden))
             for part in self._parts():
-                result[part] = layer.add(_tensor(self.states[part]), "self_attn.o_proj", _tensor(mixed[part])).numpy()
+                y = layer.add(self._tensor(self.states[part]), "self_attn.o_proj", self._tensor(mixed[part]))
+                result[part] = y.numpy(force=True)
         elif name == "mixed":
             result = self.room.take((samples, length, layer.matrices["self_attn.o_proj"].shape[1]))
             for part in self._parts():
-                result[part] = layer.mixed(layer.attention_input(_tensor(self.states[part]))).numpy()
+                result[part] = layer.mixed(layer.attention_input(self._tensor(self.states[part]))).numpy(force=True)
         else:
             residual = self._stage(block, "residual")
             result = self.room.take((samples, length, layer.matrices["mlp.down_proj"].shape[1]))
             for part in self._parts():
-                result[part] = layer.gated(layer.mlp_input(_tensor(residual[part]))).numpy()
+                result[part] = layer.gated(layer.mlp_input(self._tensor(residual[part]))).numpy(force=True)
         self._kept[name] = key, result
         return result
+
+    def _layer(self, block: Block) -> Layer:
+        return Layer.of(block, self.config, self.room.compute)
+
+    def _tensor(self, array: Floats) -> Tensor:
+        return _tensor(array, self.room.compute)
 
     def _parts(self) -> Iterator[slice]:
         samples, length, _ = self.states.shape
@@ -288,14 +189,13 @@ class LayerInputs:
 class _Sums:
     """Statistics of rows (tokens, in) that come a few at a time."""
 
-    def __init__(self, width: int) -> None:
-        self.gram = torch.zeros(width, width, dtype=torch.float64)
-        self.total, self.most = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    def __init__(self, width: int, compute: torch.device) -> None:
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=compute)
+        self.total, self.most = self.gram.new_zeros(width), self.gram.new_zeros(width)
         self.tokens = 0
 
     def add(self, rows: Tensor) -> None:
-        values = rows.numpy()
-        self.gram += torch.from_numpy(values.T @ values).double()  # NumPy sees that it is symmetric: half of the work
+        self.gram += _square(rows).double()
         sizes = rows.abs()
         self.total += sizes.sum(0).double()
         self.most = torch.maximum(self.most, sizes.amax(0).double())
@@ -306,12 +206,22 @@ class _Sums:
             raise ModelError(
                 f"what {module} reads must be finite on the calibration text: it is not; the weights are damaged"
             )
-        return InputStatistics(self.gram.numpy(), (self.total / self.tokens).numpy(), self.most.numpy(), self.tokens)
+        mean = self.total / self.tokens
+        return InputStatistics(
+            self.gram.numpy(force=True), mean.numpy(force=True), self.most.numpy(force=True), self.tokens
+        )
 
 
-def _at(layer: Layer, stage: Stage, x: Floats) -> Tensor:
+def _square(rows: Tensor) -> Tensor:
+    """rows^T rows"""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    values = rows.numpy()
+    return torch.from_numpy(values.T @ values)  # NumPy sees that it is symmetric: half of the work
+
+
+def _at(layer: Layer, stage: Stage, values: Tensor) -> Tensor:
     """The stage's values from what `LayerInputs._reads` gives."""
-    values = _tensor(x)
     if stage == "attention_input":
         return layer.attention_input(values)
     return layer.mlp_input(values) if stage == "mlp_input" else values
@@ -333,24 +243,24 @@ def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def _tensor(array: Floats) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+def _tensor(array: Floats, compute: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(compute)
 
 
 class FinalInputs:
     """What the head reads: the final states, normed."""
 
-    def __init__(self, states: Floats, config: DecoderConfig) -> None:
-        self.states, self.config = states, config
+    def __init__(self, states: Floats, config: DecoderConfig, compute: torch.device) -> None:
+        self.states, self.config, self.compute = states, config, compute
 
     def statistics(self, block: Block, module: str) -> InputStatistics:
         """Raises ModelError: the block has no final norm, or states are not finite."""
         if FINAL_NORM not in block.vectors:
             raise ModelError(f"the model must have {FINAL_NORM}: its weights lack it")
-        gain = torch.from_numpy(block.vectors[FINAL_NORM])
-        sums = _Sums(self.states.shape[-1])
+        gain = _tensor(block.vectors[FINAL_NORM], self.compute)
+        sums = _Sums(self.states.shape[-1], self.compute)
         for window in self.states:
-            sums.add(rms_norm(_tensor(window), gain, self.config.norm_eps))
+            sums.add(rms_norm(_tensor(window, self.compute), gain, self.config.norm_eps))
         return sums.statistics(module)
 
 
@@ -379,7 +289,7 @@ class Stream:
 
     def final(self) -> FinalInputs:
         assert self.states is not None, "begin comes first"
-        return FinalInputs(self.states, self.config)
+        return FinalInputs(self.states, self.config, self.room.compute)
 
     def advance(self, inputs: LayerInputs, block: Block) -> None:
         """Go on behind `block`, whose inputs these are."""

@@ -19,6 +19,7 @@ import numpy as np
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import UserError
 from edgekit.model.config import DecoderConfig
+from edgekit.model.heads import heads_of_layer, turned_by
 from edgekit.model.rope import tables
 from edgekit.weight import Floats
 
@@ -103,6 +104,7 @@ class _Layer:
             for name in modules
             if checkpoint.has(f"{prefix}{name}.bias")
         }
+        self.heads = heads_of_layer(checkpoint, index)
         norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
         self.norm = {
             name: checkpoint.vector(f"{prefix}{name}.weight") for name in norms if checkpoint.has(f"{prefix}{name}")
@@ -131,9 +133,10 @@ class _Layer:
         return self.linear("self_attn.o_proj", np.concatenate(mixed))
 
     def attend(self, q: Floats, k: Floats, v: Floats) -> Floats:
-        """Causal attention of one sequence: q (T, heads * head_dim), k and v (T, kv_heads * head_dim)."""
-        length, width = len(q), self.config.head_dim
-        q, k, v = (x.reshape(length, -1, width).swapaxes(0, 1) for x in (q, k, v))  # (heads, T, head_dim)
+        """Causal attention of one sequence: q (T, heads * size), k (T, kv_heads * size), v (T, kv_heads * its size)."""
+        length, width = len(q), self.heads.key_size
+        sizes = (width, width, self.heads.value_size)
+        q, k, v = (x.reshape(length, -1, size).swapaxes(0, 1) for x, size in zip((q, k, v), sizes, strict=True))
         if "self_attn.q_norm" in self.norm:
             q = rms_norm(q, self.norm["self_attn.q_norm"], self.config.norm_eps)
             k = rms_norm(k, self.norm["self_attn.k_norm"], self.config.norm_eps)
@@ -156,7 +159,8 @@ class _Layer:
 
     def rotate(self, x: Floats) -> Floats:
         """Turn (heads, T, head_dim) by each position's angles."""
-        cos, sin = tables(self.config.rope, x.shape[-1], x.shape[-2])
+        found = tables(self.config.rope, self.config.head_dim, x.shape[-2])
+        cos, sin = (turned_by(table, self.heads.pairs) for table in found)
         first, second = np.split(x, 2, axis=-1)
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

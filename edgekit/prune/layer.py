@@ -25,6 +25,7 @@ import numpy as np
 
 from edgekit.checkpoint import Block
 from edgekit.errors import ModelError, UserError
+from edgekit.model.heads import heads_of_block
 from edgekit.prune.elimination import CHOICES, Choice, Doubles, Indices, error_of, rank_columns, refit, regular
 from edgekit.step import Inputs, InputStatistics
 from edgekit.weight import Dense, Floats, Weight
@@ -94,6 +95,10 @@ def narrowed(
 
     Raises UserError: fewer calibration tokens than columns to fit; ModelError: activations that are not finite.
     """
+    if part == "heads" and not heads_of_block(block, head_dim).is_usual(head_dim):
+        raise UserError(
+            f"whole heads must go before prune.values and prune.pairs: those of {block.name} are thin already"
+        )
     prefix = f"model.{block.name}."
     shapes = {module: weight.shape for module, weight in block.matrices.items()}
     count, width = groups_of(shapes, prefix, part, head_dim)

@@ -31,6 +31,7 @@ import numpy as np
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
+from edgekit.model.heads import refuse_thin_heads
 from edgekit.prune.elimination import Choice, rank_columns, regular
 from edgekit.prune.layer import BATCH, MAKERS, PARTS, WRITER, Cut, Part, Refit, groups_of, narrowed
 from edgekit.prune.layer import parameters_of_a_group as parameters
@@ -90,6 +91,8 @@ class Structured:
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
         """The model with the widths in its config that all layers will have, where they will be the same."""
+        if "heads" in self.parts:
+            refuse_thin_heads(checkpoint, self.name)
         if self.spread == "planned" and not self.plan:
             return checkpoint
         after: dict[Part, set[int]] = {part: set() for part in self.parts}
@@ -99,7 +102,8 @@ class Structured:
                 shapes = {module: checkpoint.shape(module) for module in modules}
                 for part in self.parts:
                     after[part].add(self._keeps(shapes, name, part, head_dim))
-                heads = groups_of(shapes, f"model.{name}.", "heads", head_dim)[1] // head_dim
+                if "heads" in self.parts:
+                    heads = groups_of(shapes, f"model.{name}.", "heads", head_dim)[1] // head_dim
         config = dict(checkpoint.config)
         config["head_dim"] = head_dim
         for part, widths in after.items():

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
+from edgekit.model.heads import PAIRS
 from edgekit.model.stages import STAGES, Stage
 from edgekit.quant.grid import Bits, BlockSize, Grid, Offset, Scales, round_to_grid
 from edgekit.step import Changes, Fact, InputStatistics, MatrixOutline, Needs, Outline, Prediction, StepContext
@@ -105,17 +106,20 @@ def scaled(block: Block, context: StepContext, choose: Chooser) -> tuple[Block, 
     assert inputs is not None, "a layer has calibration inputs"
     prefix, changed, ranges = f"model.{block.name}.", 0, list[float]()
     block = Block(block.name, {m: Dense(w.dense()) for m, w in block.matrices.items()}, dict(block.vectors))
-    head_dim = context.decoder.head_dim
+    pairs = block.vectors.get(prefix + PAIRS)
+    key_size = context.decoder.head_dim if pairs is None else 2 * len(pairs)
+    k_rows, v_rows = (block.matrices[f"{prefix}self_attn.{x}_proj"].shape[0] for x in "kv")
+    value_size = v_rows * key_size // k_rows
     group = block.matrices[prefix + "self_attn.o_proj"].shape[1] // block.matrices[prefix + "self_attn.v_proj"].shape[0]
     for stage, leaves in STAGES.items():
         readers = [prefix + leaf for leaf in leaves]
         found = inputs.statistics(block, readers[0])
         scales = choose([block.matrices[reader].dense() for reader in readers], found)
         if stage == "mixed":
-            scales = _shared(scales, group, head_dim)
+            scales = _shared(scales, group, value_size)
         scales = np.maximum(scales, LEAST)
         scales = scales / math.sqrt(scales.max() * scales.min())
-        _fold(block, prefix, stage, scales.astype(np.float32), group, head_dim)
+        _fold(block, prefix, stage, scales.astype(np.float32), group, value_size)
         ranges.append(float(scales.max() / scales.min()))
         changed += len(readers)
     facts = {"largest_over_smallest_scale": Fact(max(ranges), "max")} if ranges else {}
@@ -150,21 +154,21 @@ def _rounding_error(W: Floats, scales: Floats, gram: Doubles, grid: Grid) -> flo
     return float(np.einsum("ij,ij->", error @ gram.astype(np.float32), error))
 
 
-def _shared(scales: Doubles, group: int, head_dim: int) -> Doubles:
+def _shared(scales: Doubles, group: int, value_size: int) -> Doubles:
     """One scale for the `group` query heads that read the same value head: their geometric mean."""
-    heads = np.log(np.maximum(scales, LEAST)).reshape(-1, group, head_dim)
+    heads = np.log(np.maximum(scales, LEAST)).reshape(-1, group, value_size)
     found: Doubles = np.exp(np.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape)).reshape(-1)
     return found
 
 
-def _fold(block: Block, prefix: str, stage: Stage, s: Floats, group: int, head_dim: int) -> None:
+def _fold(block: Block, prefix: str, stage: Stage, s: Floats, group: int, value_size: int) -> None:
     """Multiply the readers' columns by s and divide what comes before, in place."""
     if stage in NORMS:
         norm = f"{prefix}{NORMS[stage]}.weight"
         block.vectors[norm] = block.vectors[norm] / s
     else:
         maker = prefix + ("mlp.up_proj" if stage == "gated" else "self_attn.v_proj")
-        rows = s if stage == "gated" else s.reshape(-1, group, head_dim)[:, 0].reshape(-1)
+        rows = s if stage == "gated" else s.reshape(-1, group, value_size)[:, 0].reshape(-1)
         block.matrices[maker] = Dense(block.matrices[maker].dense() / rows[:, None])
         if maker + ".bias" in block.vectors:
             block.vectors[maker + ".bias"] = block.vectors[maker + ".bias"] / rows

@@ -103,7 +103,8 @@ class _Backward:
     def __init__(self, survey: Survey, seed: int) -> None:
         self.survey = survey
         self.ids = survey.windows.ids[:WINDOWS]
-        self.draw = torch.Generator().manual_seed(seed)
+        self.compute = survey.room.compute
+        self.draw = torch.Generator(self.compute).manual_seed(seed)
         self.total = 2 * len(survey.names)
         self.done = 0
 
@@ -144,13 +145,13 @@ class _Backward:
     def _head(self, final: Block, embedding: Block, states: Floats) -> tuple[Curvature, Floats]:
         """The curvature of the head, and the gradient of the states before the final norm."""
         weight = final.matrices.get(HEAD, embedding.matrices[TABLE])
-        W, gain = torch.from_numpy(weight.dense()), torch.from_numpy(final.vectors[FINAL_NORM])
+        W, gain = self._tensor(weight.dense()), self._tensor(final.vectors[FINAL_NORM])
         gradient = np.empty(states.shape, np.float32)
-        gram, outputs = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64), torch.zeros(len(W))
+        gram, outputs = W.new_zeros(W.shape[1], W.shape[1], dtype=torch.float64), W.new_zeros(len(W))
         count = states.shape[0] * states.shape[1]
         for sample, start in np.ndindex(states.shape[0], -(-states.shape[1] // TOKENS_AT_ONCE)):
             part = slice(start * TOKENS_AT_ONCE, (start + 1) * TOKENS_AT_ONCE)
-            x = torch.from_numpy(np.array(states[sample, part])).requires_grad_()
+            x = self._tensor(states[sample, part]).requires_grad_()
             normed = rms_norm(x, gain, self.survey.decoder.norm_eps)
             logits = normed @ W.T
             p = torch.softmax(logits.detach(), dim=-1)
@@ -158,25 +159,25 @@ class _Backward:
                 raise ModelError("the model's logits must be finite on the calibration text: the weights are damaged")
             drawn = torch.multinomial(p, 1, generator=self.draw)[:, 0]
             (found,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"), x)
-            gradient[sample, part] = found.numpy()
+            gradient[sample, part] = found.numpy(force=True)
             rows = normed.detach()
             gram += (rows.T @ rows).double()
             outputs += (p * (1 - p)).sum(0)
-        return Curvature((gram / count).numpy(), (outputs / count).double().numpy()), gradient
+        return Curvature(_doubles(gram / count), _doubles(outputs / count)), gradient
 
     def _layer(self, block: Block, states: Floats, gradient: Floats) -> tuple[dict[str, Curvature], dict[str, Doubles]]:
         """The curvatures of one layer's matrices; `gradient` becomes that of its input, in place."""
-        layer = _tapped(block, self.survey.decoder)
+        layer = _tapped(block, self.survey.decoder, self.compute)
         prefix = f"model.{block.name}."
         grams: dict[str, Any] = {}
         for sample in range(len(states)):
-            x = torch.from_numpy(np.array(states[sample : sample + 1])).requires_grad_()
+            x = self._tensor(states[sample : sample + 1]).requires_grad_()
             layer.taps.clear()
             y = layer(x)
-            wanted = torch.from_numpy(np.array(gradient[sample : sample + 1]))  # it is overwritten below
+            wanted = self._tensor(gradient[sample : sample + 1])
             outputs = [output for _, _, output in layer.taps]
             before, *found = torch.autograd.grad(y, [x, *outputs], wanted)
-            gradient[sample] = before[0].numpy()
+            gradient[sample] = before[0].numpy(force=True)
             for (leaf, given, _), g in zip(layer.taps, found, strict=True):
                 rows, square = given.detach().flatten(0, 1), g.flatten(0, 1).square()
                 sums = (
@@ -188,10 +189,14 @@ class _Backward:
                 grams[prefix + leaf] = sums if held is None else tuple(a + b for a, b in zip(held, sums, strict=True))
         count = states.shape[0] * states.shape[1]
         curved = {
-            module: Curvature((gram / count).numpy(), (square / square.mean().clamp_min(1e-300)).numpy())
+            module: Curvature(_doubles(gram / count), _doubles(square / square.mean().clamp_min(1e-300)))
             for module, (gram, square, _) in grams.items()
         }
-        return curved, {module: (power / count).numpy() for module, (_, _, power) in grams.items()}
+        return curved, {module: _doubles(power / count) for module, (_, _, power) in grams.items()}
+
+    def _tensor(self, array: Floats) -> Tensor:
+        """A copy: states and gradients are overwritten."""
+        return torch.from_numpy(np.array(array)).to(self.compute)
 
     def _table(self, embedding: Block, gradient: Floats, head: Curvature | None) -> Curvature:
         """The curvature of the token table: looked up, and as the head where it is tied."""
@@ -215,6 +220,11 @@ class _Tapped(Layer):
         return y
 
 
-def _tapped(block: Block, config: DecoderConfig) -> _Tapped:
-    layer = Layer.of(block, config)
-    return _Tapped(config, layer.matrices, layer.biases, layer.norms, [])
+def _doubles(values: Tensor) -> Doubles:
+    exact: Doubles = values.double().numpy(force=True)
+    return exact
+
+
+def _tapped(block: Block, config: DecoderConfig, compute: torch.device) -> _Tapped:
+    layer = Layer.of(block, config, compute)
+    return _Tapped(config, layer.matrices, layer.biases, layer.norms, layer.heads, [])

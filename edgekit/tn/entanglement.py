@@ -12,18 +12,18 @@ metric, so it is always of the weights alone. Source: Schmidt spectra as in Scho
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import ModelError, UserError
+from edgekit.heatmap import HeatMap, write_heat_maps
 from edgekit.model.stages import LINEARS, in_order, stage_of
 from edgekit.step import CalibrationOptions, Inputs
 from edgekit.tn.mpo import schmidt_values, site_shapes
@@ -101,7 +101,8 @@ def _layers(
     import psutil
 
     try:
-        from edgekit.model.calibration import Room, Stream, token_windows
+        from edgekit.model.calibration import Room, Stream
+        from edgekit.model.windows import token_windows
     except ModuleNotFoundError as problem:
         raise UserError(f"--calibration needs {problem.name}: pip install 'edgekit[compress]'") from problem
 
@@ -132,49 +133,9 @@ def heat(rows: Sequence[Entanglement], cut: Cut) -> tuple[list[str], list[str], 
 
 def write_map(rows: Sequence[Entanglement], path: Path, *, title: str) -> None:
     """Write the heat maps of both cuts to a .png (needs matplotlib) or a self-contained .html. Raises UserError."""
-    if path.suffix == ".html":
-        path.write_text(_page(rows, title), encoding="utf-8")
-    elif path.suffix == ".png":
-        _picture(rows, path, title)
-    else:
-        raise UserError(f"a map is written to a .png or a .html file: got {path}")
-
-
-def _page(rows: Sequence[Entanglement], title: str) -> str:
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    for cut in ("rows", "sites"):
+    maps = []
+    for cut in get_args(Cut):
         leaves, layers, values = heat(rows, cut)
-        head = "".join(f"<th>{html.escape(layer)}</th>" for layer in layers)
-        parts.append(f"<h2>cut between {cut}: effective rank over dimension</h2><table><tr><th></th>{head}</tr>")
-        for leaf, line in zip(leaves, values, strict=True):
-            cells = "".join(
-                "<td></td>"
-                if math.isnan(value)
-                else f'<td style="background:hsl(215 70% {95 - 60 * value:.0f}%)"'
-                f' title="{value:.3f}">{100 * value:.0f}</td>'
-                for value in line
-            )
-            parts.append(f"<tr><th>{html.escape(leaf)}</th>{cells}</tr>")
-        parts.append("</table>")
-    style = "body{font:14px system-ui,sans-serif}td,th{padding:2px 5px;text-align:right}"
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    return f"<!doctype html>{head}<title>{html.escape(title)}</title><style>{style}</style>{''.join(parts)}"
-
-
-def _picture(rows: Sequence[Entanglement], path: Path, title: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as problem:
-        raise UserError("a .png needs matplotlib: pip install matplotlib, or write a .html") from problem
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.suptitle(title)
-    for place, cut in enumerate(("rows", "sites"), 1):
-        leaves, layers, values = heat(rows, cut)  # type: ignore[arg-type]
-        axes = figure.add_subplot(2, 1, place)
-        image = axes.imshow(values, aspect="auto", vmin=0.0, vmax=1.0, cmap="Blues")
-        axes.set_title(f"cut between {cut}: effective rank over dimension")
-        axes.set_yticks(range(len(leaves)), leaves)
-        axes.set_xticks(range(len(layers)), layers)
-        figure.colorbar(image, ax=axes)
-    figure.savefig(path)
+        name = f"cut between {cut}: effective rank over dimension, per cent"
+        maps.append(HeatMap(name, leaves, layers, values, 0.0, 1.0, shown=True))
+    write_heat_maps(maps, path, title=title)

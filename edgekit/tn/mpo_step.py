@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
 from edgekit.model.stages import in_order, stage_of
-from edgekit.step import Changes, Fact, MatrixOutline, Needs, Outline, Prediction, StepContext
+from edgekit.step import Changes, MatrixOutline, Needs, Outline, Prediction, StepContext
+from edgekit.tn.chosen import error_facts, is_named, refuse_strays
 from edgekit.tn.lowrank import rank_for_error, rank_for_share, truncated
 from edgekit.tn.mpo import (
     Sites,
@@ -58,10 +58,7 @@ class Mpo:
         return "activations" if self.refine else "weights"
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        modules = [module for matrices, _ in checkpoint.blocks.values() for module in matrices]
-        for pattern in self.modules:
-            if not any(fnmatchcase(module, pattern) for module in modules):
-                raise UserError(f"tn.mpo: each pattern of modules must match one: {pattern!r} matches none")
+        refuse_strays(self.name, self.modules, checkpoint)
         return checkpoint
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
@@ -84,15 +81,10 @@ class Mpo:
                 skipped.append(Skip(module, NO_SITES))
             errors.append(relative_error(W, made.dense(), gram))
             now.matrices[module] = made
-        facts = {}
-        if errors:
-            error, power = (math.fsum(column) for column in zip(*errors, strict=True))
-            name = "relative_output_error" if self.refine else "relative_error"
-            facts[name] = Fact(math.sqrt(error / power) if power else 0.0, "rms", power)
-        return now, Changes(len(errors), facts, tuple(skipped))
+        return now, Changes(len(errors), error_facts(errors, of_outputs=bool(self.refine)), tuple(skipped))
 
     def _refusal(self, module: str, weight: Weight | MatrixOutline) -> str:
-        if stage_of(module) is None or not any(fnmatchcase(module, pattern) for pattern in self.modules):
+        if stage_of(module) is None or not is_named(module, self.modules):
             return "no pattern of modules names it"
         dense = weight.dense if isinstance(weight, MatrixOutline) else isinstance(weight, Dense)
         return "" if dense else "is quantised or factored already"

@@ -21,7 +21,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, get_args
 
 import numpy as np
@@ -32,6 +31,7 @@ from edgekit.errors import UserError
 from edgekit.manifest import Skip
 from edgekit.model.stages import in_order, stage_of
 from edgekit.step import Changes, Fact, InputStatistics, MatrixOutline, Needs, Outline, Prediction, StepContext
+from edgekit.tn.chosen import error_facts, is_named, refuse_strays
 from edgekit.tn.cost import cost_of_rank
 from edgekit.tn.lowrank import even_rank, rank_for_error, rank_for_share, truncated
 from edgekit.tn.plan import Budget, Unit, candidates, measured, planned_ranks
@@ -104,10 +104,8 @@ class LowRank:
         return found
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        refuse_strays(self.name, self.modules, checkpoint)
         modules = [module for matrices, _ in checkpoint.blocks.values() for module in matrices]
-        for pattern in self.modules:
-            if not any(fnmatchcase(module, pattern) for module in modules):
-                raise UserError(f"tn.lowrank: each pattern of modules must match one: {pattern!r} matches none")
         for module, rank in self.ranks.items():
             if module not in modules:
                 raise UserError(f"tn.lowrank: each line of plan must name a matrix of the model: it lacks {module}")
@@ -137,7 +135,7 @@ class LowRank:
         return load_device(self.device) if self.device else None
 
     def _is_asked(self, module: str) -> bool:
-        return stage_of(module) is not None and any(fnmatchcase(module, pattern) for pattern in self.modules)
+        return stage_of(module) is not None and is_named(module, self.modules)
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
         now = Block(block.name, dict(block.matrices), block.vectors)
@@ -165,11 +163,7 @@ class LowRank:
             if found is not None:
                 few = facts["inputs_a_token"].value if "inputs_a_token" in facts else 0.0
                 facts["inputs_a_token"] = Fact(max(few, W.shape[1] / max(1, found.tokens)), "max")
-        if errors:
-            error, power = (math.fsum(column) for column in zip(*errors, strict=True))
-            facts["relative_output_error" if self.whiten else "relative_error"] = Fact(
-                math.sqrt(error / power) if power else 0.0, "rms", power
-            )
+        facts |= error_facts(errors, of_outputs=self.whiten)
         return now, Changes(len(errors), facts, tuple(skipped))
 
     def _known_rank(self, module: str, weight: Weight | MatrixOutline) -> int | Skip:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from edgekit.checkpoint import Block, Checkpoint
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
+from edgekit.model.heads import refuse_thin_heads
 from edgekit.model.stages import in_order
-from edgekit.step import Changes, Fact, Needs, Outline, Prediction, StepContext
+from edgekit.step import Changes, Needs, Outline, Prediction, StepContext
+from edgekit.tn.chosen import error_facts, is_named, refuse_strays
 from edgekit.tn.tucker import stacked_heads
 from edgekit.tn.whitening import relative_error
 from edgekit.weight import Dense
@@ -42,10 +43,8 @@ class HeadsTucker:
         return "activations" if self.whiten else "weights"
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        modules = [module for matrices, _ in checkpoint.blocks.values() for module in matrices]
-        for pattern in self.modules:
-            if not any(fnmatchcase(module, pattern) for module in modules):
-                raise UserError(f"tn.tucker: each pattern of modules must match one: {pattern!r} matches none")
+        refuse_thin_heads(checkpoint, self.name)
+        refuse_strays(self.name, self.modules, checkpoint)
         return checkpoint
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
@@ -54,7 +53,7 @@ class HeadsTucker:
         skipped: list[Skip] = []
         for module in in_order(block.matrices):
             weight = block.matrices[module]
-            if not module.endswith(LEAVES) or not any(fnmatchcase(module, pattern) for pattern in self.modules):
+            if not module.endswith(LEAVES) or not is_named(module, self.modules):
                 skipped.append(Skip(module, "makes no heads, or no pattern of modules names it"))
                 continue
             if not isinstance(weight, Dense):
@@ -68,12 +67,7 @@ class HeadsTucker:
                 continue
             errors.append(relative_error(weight.values, made.dense(), gram))
             now.matrices[module] = made
-        facts = {}
-        if errors:
-            error, power = (math.fsum(column) for column in zip(*errors, strict=True))
-            name = "relative_output_error" if self.whiten else "relative_error"
-            facts[name] = Fact(math.sqrt(error / power) if power else 0.0, "rms", power)
-        return now, Changes(len(errors), facts, tuple(skipped))
+        return now, Changes(len(errors), error_facts(errors, of_outputs=bool(self.whiten)), tuple(skipped))
 
     def predict(self, outline: Outline, context: StepContext) -> Prediction:
         """An upper bound: how many numbers a matrix will have, only its spectrum tells."""
