@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import safetensors.numpy
 import torch
 from heal_gpu import GraphTrainer, samples
-from heal_models import dense, latent_tensors, plain, stored
+from heal_models import dense, plain, regridded
 from heal_plan import ORDER, RUNS, SHORT, Run
 from heal_sets import FILES, WINDOW, evaluate, perplexity, prepare
 
@@ -110,10 +109,12 @@ class Bench:
 
     def student(self, run: Run) -> Decoder:
         """The model that `run` begins with, on its grids."""
-        checkpoint = stored(self.source, self.store / f"{run.start}.safetensors") if run.start else self.source
+        checkpoint = open_checkpoint(self.store / run.start) if run.start else self.source
         before = RUNS[run.start].drop if run.start else ()
         left = [index for index in range(self.source.decoder.layers) if index not in before]
-        self.shape = without(checkpoint, [left.index(index) for index in run.drop if index in left])
+        self.shape = without(
+            regridded(checkpoint, run.grid), [left.index(index) for index in run.drop if index in left]
+        )
         model = Decoder(self.shape, levels=run.grid, device=self.device).computes_in(self.dtype)
         model.embedding.values.requires_grad_(run.table_trained)
         return model
@@ -159,19 +160,17 @@ class Bench:
         began = time.perf_counter()
         trainer.run(on_step=talk(every=100))
         seconds = time.perf_counter() - began
-        safetensors.numpy.save_file(latent_tensors(student), self.store / f"{run.name}.safetensors")
+        self.write(student, run, trainer, seconds)
         curve = [(s, round(loss, 4), v) for s, loss, v in trainer.history if v is not None or s % 20 == 0]
         self.note(
             name=run.name, layers=len(student.layers), start=run.start, optimizer=self.optimizer, rate=run.rate,
-            share=self.share, data="files", steps=steps, tokens=steps * run.batch * WINDOW, seconds=seconds,
+            share=self.share, data="files", grids={part: str(levels) for part, levels in run.grids.items()}, steps=steps, tokens=steps * run.batch * WINDOW, seconds=seconds,
             tokens_per_s=steps * run.batch * WINDOW / seconds, held_out=trainer.best, curve=curve,
             **self.measure(student),
         )  # fmt: skip
-        if run.product:
-            self.write(student, run, trainer, seconds)
 
     def write(self, student: Decoder, run: Run, trainer: GraphTrainer, seconds: float) -> None:
-        """The checkpoint of a product."""
+        """The state as a checkpoint."""
         options = heal.Options(
             steps=trainer.step, batch=run.batch, optimizer=self.optimizer, learning_rate=run.rate,
             embedding=run.table_trained,
