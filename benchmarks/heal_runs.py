@@ -164,7 +164,8 @@ class Bench:
         curve = [(s, round(loss, 4), v) for s, loss, v in trainer.history if v is not None or s % 20 == 0]
         self.note(
             name=run.name, layers=len(student.layers), start=run.start, optimizer=self.optimizer, rate=run.rate,
-            share=self.share, data="files", grids={part: str(levels) for part, levels in run.grids.items()}, steps=steps, tokens=steps * run.batch * WINDOW, seconds=seconds,
+            grids={part: f"{levels.bits}/{levels.block}" for part, levels in run.grids.items()}, share=self.share,
+            data="files", steps=steps, tokens=steps * run.batch * WINDOW, seconds=seconds,
             tokens_per_s=steps * run.batch * WINDOW / seconds, held_out=trainer.best, curve=curve,
             **self.measure(student),
         )  # fmt: skip
