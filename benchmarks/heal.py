@@ -1,4 +1,4 @@
-"""What healing gives back. `--only` takes one of these parts:
+"""What healing gives back. `--only` takes some of these parts:
 
     layers     measured here: SmolLM2-135M-Instruct at 3 bits, each layer matched to its original on this CPU. "Back" is
                the share of the lost log-perplexity on raw WikiText-2 validation that was regained
@@ -45,7 +45,8 @@ STATES = (
     ("int3", "3 bits", 16.8), ("int2", "2 bits", 28), ("fifth", "a fifth dropped", 18.3),
     ("fifth-int3", "a fifth dropped, 3 bits", 21),
 )  # fmt: skip
-PRODUCTS = {"65MB": (65, 17.2, 8192), "60MB": (60, 19, 2048), "53MB": (53, 22, 4096), "45MB": (45, 29, 4096)}
+PRODUCTS = {"65MB": (65, 17.2), "60MB": (60, 19), "53MB": (53, 22), "45MB": (45, 29)}  # MB, perplexity
+PARTS = ("layers", "products", "recorded")
 OPTIMIZERS = ("adamw", "muon", "mano", "mano-v2")
 RECIPE = 'name = "int3"\n[[step]]\nuse = "quant.int3"\n'
 RATE = 3e-4  # of the layer-wise part
@@ -55,15 +56,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer windows and steps, under ten minutes")
-    parser.add_argument("--only", choices=("layers", "products", "recorded"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--products", type=Path, help="a folder of healed checkpoints")
     options = parser.parse_args()
     bench = Benchmark("heal")
-    if options.only in (None, "layers"):
+    if "layers" in options.only:
         layer_wise(bench, windows=4 if options.quick else 24, steps=15 if options.quick else 40)
-    if options.products is not None and options.only in (None, "products"):
+    if "products" in options.only and options.products is not None:
         products(bench, options.products, windows=4 if options.quick else 24)
-    if options.only in (None, "recorded"):
+    if "recorded" in options.only:
         rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
         recorded_states(bench, rows)
         recorded_products(bench, rows)
@@ -98,16 +99,16 @@ def layer_wise(bench: Benchmark, *, windows: int, steps: int) -> None:
 def products(bench: Benchmark, folder: Path, *, windows: int) -> None:
     """Size and perplexity of the healed checkpoints that are at hand."""
     text = read_text(data("text/wikitext2_valid.raw.txt.gz"))
-    for name, (size, bound, context) in PRODUCTS.items():
+    for name, (size, bound) in PRODUCTS.items():
         if not (folder / name).is_dir():
             continue
         with tempfile.TemporaryDirectory() as place:
             bundle = Path(place) / name
-            export(open_checkpoint(folder / name), bundle, target=find_target(host_target()), context=context)
+            export(open_checkpoint(folder / name), bundle, target=find_target(host_target()))
             megabytes = sum(path.stat().st_size for path in bundle.glob("model.onnx*")) / 1e6
             with open_scorer(str(bundle)) as scorer:
                 found = text_perplexity(scorer, text, window=WINDOW, max_windows=windows)
-        note = f"{megabytes:.1f} MB with a context of {context}"
+        note = f"{megabytes:.2f} MB"
         bench.value(f"product {name}", found.value, "ppl", n=found.windows, spread=found.spread, note=note)
         bench.at_most(f"product {name}: file, MB", megabytes, size)
         bench.at_most(f"product {name}: WikiText-2", found.value, bound)
@@ -140,9 +141,9 @@ def moved(bench: Benchmark, label: str, before: dict[str, Any], after: dict[str,
 
 
 def recorded_products(bench: Benchmark, rows: list[dict[str, Any]]) -> None:
-    for name, (size, bound, _) in PRODUCTS.items():
+    for name, (size, bound) in PRODUCTS.items():
         before = [row for row in rows if row["name"] == f"{name} before"][-1]
-        after = next(row for row in rows if row["name"] == name and "file_mb" in row)
+        after = [row for row in rows if row["name"] == name and "file_mb" in row][-1]
         note = f"{after['file_mb']} MB ({after['file_size']}) with a context of {after['context']}; not measured here"
         bench.value(f"recorded: product of {size} MB", after["wikitext2"], "ppl", n=24, note=note)
         bench.at_most(f"recorded: product of {size} MB, file, MB", after["file_mb"], size)

@@ -1,19 +1,18 @@
-"""Models of the healing runs in memory: float weights, states on the way, and weights as they would be written."""
+"""Models of the healing runs in memory: float weights, other grids, and weights as they would be written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 import torch
 
 from edgekit.checkpoint import Checkpoint
-from edgekit.heal.decoder import HEAD, NORM, NORMS, ROLES, Decoder, Layer, layer_forward
-from edgekit.heal.fake_quant import fake_quantise
+from edgekit.heal.decoder import ROLES, Decoder, Layer, layer_forward
+from edgekit.heal.fake_quant import FakeQuant, Levels, fake_quantise
+from edgekit.weight import Quantized
 
 
 @dataclass(frozen=True)
@@ -44,27 +43,20 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=Memory(tensors), structure={})
 
 
-def stored(source: Checkpoint, path: Path) -> Checkpoint:
-    """A model of `source`'s kind with the float weights of a file of `latent_tensors`."""
-    tensors = safetensors.numpy.load_file(path)
-    layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
-    config = {**source.config, "num_hidden_layers": layers}
-    return replace(source, tensors=Memory(tensors), structure={}, config=config)
-
-
-@torch.no_grad()
-def latent_tensors(student: Decoder) -> dict[str, Any]:
-    """The float weights under the grids, and the norms."""
-    tensors = {
-        f"{path}.weight": np.ascontiguousarray(matrix.latent().float().cpu().numpy())
-        for path, (_, matrix) in student.matrices().items()
-        if path != HEAD
-    }
-    tensors[NORM] = student.norm.detach().float().cpu().numpy()
-    for index, layer in enumerate(student.layers):
-        for key, gain in layer.gains.items():
-            tensors[f"model.layers.{index}.{NORMS[key]}"] = gain.detach().float().cpu().numpy()
-    return tensors
+def regridded(checkpoint: Checkpoint, grid: Callable[[str], Levels | None]) -> Checkpoint:
+    """The same model, float in each matrix that does not lie on the grid that `grid` has for it."""
+    tensors, structure = {}, {}
+    for matrices, vectors in checkpoint.blocks.values():
+        tensors.update({name: checkpoint.vector(name) for name in vectors})
+        for path in matrices:
+            weight = checkpoint.weight(path)
+            if isinstance(weight, Quantized) and FakeQuant.of(weight).levels == grid(path):
+                names = [name for name in checkpoint.tensors.names() if name.startswith(f"{path}.")]
+                tensors.update({name: checkpoint.tensors.read(name) for name in names})
+                structure[path] = checkpoint.structure[path]
+            else:
+                tensors[f"{path}.weight"] = weight.dense()
+    return replace(checkpoint, tensors=Memory(tensors), structure=structure)
 
 
 def plain(model: Decoder, dtype: torch.dtype) -> Decoder:

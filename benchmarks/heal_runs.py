@@ -11,114 +11,34 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import safetensors.numpy
 import torch
 from heal_gpu import GraphTrainer, samples
-from heal_models import dense, latent_tensors, plain, stored
+from heal_models import dense, plain, regridded
+from heal_plan import ORDER, RUNS, SHORT, Run
 from heal_sets import FILES, WINDOW, evaluate, perplexity, prepare
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.folder import new_folder
 from edgekit.heal import heal
 from edgekit.heal.data import Corpus, split
-from edgekit.heal.decoder import TABLE, Decoder, frozen
-from edgekit.heal.fake_quant import Levels
+from edgekit.heal.decoder import Decoder, frozen
 from edgekit.heal.multipliers import Placement, multipliers_for
 from edgekit.heal.optimizers import Optimization, Optimizer
 from edgekit.heal.trainer import Progress, Training
 from edgekit.manifest import now
 from edgekit.merge.drop import without
 
-ORDER = (17, 16, 18, 14, 15, 13, 12, 26, 5)  # layers by how little the KL rises without them, found by `layers`
-FRAME_MB = 1.83  # of an exported file beside the weights: graph, alignment, rotary tables of 2,048 positions
 SHARES = (0.0, 0.1, 0.25)
-RATES = (3e-4, 8e-4, 2e-3, 5e-3)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A state to train: layers left out, grids of layers and table (None: as in the source), start and length."""
-
-    name: str
-    drop: tuple[int, ...] = ()
-    levels: Levels | None = None
-    coarse: Levels | None = None  # of gate and up, where it is another
-    table: Levels | None = None
-    start: str = ""
-    table_trained: bool = False  # or only its scales
-    product: bool = False  # whether it becomes a checkpoint
-    seconds: float = 240
-    rate: float = 1e-3
-    batch: int = 32
-
-    def grid(self, path: str) -> Levels | None:
-        if path == TABLE:
-            return self.table
-        return self.coarse if self.coarse is not None and path.endswith(("gate_proj", "up_proj")) else self.levels
-
-
-# --- the plan of a product --------------------------------------------------------------------------------------------
-
-# What a choice costs after healing, in nats a token, as far as earlier runs say (docs/healing.md). Layers left out:
-# 0.17 for six, 0.25 for eight. 3 bits in blocks of 32, 64, 128; a table by bits and block.
-LAYERS_COST = (0.022, 0.0012)  # times n, times n squared
-BLOCK_COST = {32: 0.0, 64: 0.010, 128: 0.022}
-TABLE_COST = {(4, 32): 0.022, (4, 64): 0.03, (3, 32): 0.085, (3, 64): 0.11}
-DECODER, MLP_SHARE, TABLE_SIZE = 3_538_944, 0.5, 28_311_552  # weights of a layer, gate's and up's part, the table's
-
-
-def three_bits(block: int) -> Levels:
-    return Levels(3, block, "zero", "int8")
-
-
-def size_mb(layers: int, fine: int, coarse: int, table: tuple[int, int]) -> float:
-    """Megabytes of the exported file: codes, a byte of scale and one of zero point a block, steps, norms, the frame."""
-
-    def a_weight(bits: int, block: int) -> float:  # most rows have 576 columns, and the last block is padded
-        return -(-576 // block) * (block * bits / 8 + 2) / 576
-
-    layer = DECODER * ((1 - MLP_SHARE) * a_weight(3, fine) + MLP_SHARE * a_weight(3, coarse))
-    return (layers * (layer + 15_000) + TABLE_SIZE * a_weight(*table) + 98_304) / 1e6 + FRAME_MB
-
-
-def plan(target_mb: float, **training: Any) -> Run:
-    """The product of least expected cost whose file fits the size: layers, blocks and bits of the table."""
-    found = []
-    for n, (fine, coarse), table in itertools.product(
-        range(len(ORDER) + 1), ((32, 32), (32, 64), (64, 64), (64, 128), (128, 128)), TABLE_COST
-    ):
-        if size_mb(30 - n, fine, coarse, table) <= target_mb:
-            cost = LAYERS_COST[0] * n + LAYERS_COST[1] * n**2 + (BLOCK_COST[fine] + BLOCK_COST[coarse]) / 2
-            found.append((cost + TABLE_COST[table], n, fine, coarse, table))
-    _, n, fine, coarse, (bits, block) = min(found)
-    return Run(
-        f"{target_mb:g}MB", drop=ORDER[:n], levels=three_bits(fine), coarse=three_bits(coarse),
-        table=Levels(bits, block, "zero", "int8"), table_trained=True, product=True, **training,
-    )  # fmt: skip
-
-
-RUNS = {
-    run.name: run
-    for run in (
-        Run("int3", levels=Levels(3, 32, "zero"), rate=8e-4),
-        Run("int2", levels=Levels(2, 32, "minimum"), rate=1.5e-3, seconds=110),
-        Run("fifth", drop=ORDER[:6], table_trained=True),
-        Run("fifth-int3", drop=ORDER[:6], levels=Levels(3, 32, "zero"), seconds=120),
-        plan(65, start="int3", seconds=80, rate=6e-4),
-        plan(60, start="65MB", seconds=60, rate=6e-4),
-        plan(53, start="60MB", seconds=90, rate=8e-4),
-        plan(45, start="53MB", seconds=100, rate=1e-3),
-    )
-}
+RATES = (1e-4, 3e-4, 8e-4, 2e-3, 5e-3)
+OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon", "mano", "mano-v2")
 
 
 def main() -> None:
@@ -130,7 +50,8 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="where states are kept for runs that start from them")
     parser.add_argument("--prepare", type=Path, help="the folder of evaluation data to make --data from")
     parser.add_argument("--seconds", type=float, help="instead of each run's own time")
-    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="of all runs; `optimizers`: this one alone")
+    parser.add_argument("--rate", type=float, help="`optimizers`: this learning rate alone")
     parser.add_argument("--share", type=float, help="of replaced tokens, instead of what `share` found")
     parser.add_argument("--windows", type=int, default=10**9, help="use only so many windows of each healing file")
     options = parser.parse_args()
@@ -154,7 +75,9 @@ class Bench:
 
     def __init__(self, source: Checkpoint, options: argparse.Namespace) -> None:
         self.source, self.out, self.store = dense(source), options.out, options.store
-        self.optimizer: Optimizer = options.optimizer
+        self.optimizer: Optimizer = options.optimizer or "adamw"
+        self.optimizers = (self.optimizer,) if options.optimizer else OPTIMIZERS
+        self.rates = (options.rate,) if options.rate else RATES
         self.store.mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -186,10 +109,12 @@ class Bench:
 
     def student(self, run: Run) -> Decoder:
         """The model that `run` begins with, on its grids."""
-        checkpoint = stored(self.source, self.store / f"{run.start}.safetensors") if run.start else self.source
+        checkpoint = open_checkpoint(self.store / run.start) if run.start else self.source
         before = RUNS[run.start].drop if run.start else ()
         left = [index for index in range(self.source.decoder.layers) if index not in before]
-        self.shape = without(checkpoint, [left.index(index) for index in run.drop if index in left])
+        self.shape = without(
+            regridded(checkpoint, run.grid), [left.index(index) for index in run.drop if index in left]
+        )
         model = Decoder(self.shape, levels=run.grid, device=self.device).computes_in(self.dtype)
         model.embedding.values.requires_grad_(run.table_trained)
         return model
@@ -235,24 +160,21 @@ class Bench:
         began = time.perf_counter()
         trainer.run(on_step=talk(every=100))
         seconds = time.perf_counter() - began
+        self.write(student, run, trainer, seconds)
         curve = [(s, round(loss, 4), v) for s, loss, v in trainer.history if v is not None or s % 20 == 0]
         self.note(
             name=run.name, layers=len(student.layers), start=run.start, optimizer=self.optimizer, rate=run.rate,
-            share=self.share, steps=steps, tokens=steps * run.batch * WINDOW, seconds=seconds,
+            grids={part: f"{levels.bits}/{levels.block}" for part, levels in run.grids.items()}, share=self.share,
+            data="files", steps=steps, tokens=steps * run.batch * WINDOW, seconds=seconds,
             tokens_per_s=steps * run.batch * WINDOW / seconds, held_out=trainer.best, curve=curve,
             **self.measure(student),
         )  # fmt: skip
-        safetensors.numpy.save_file(latent_tensors(student), self.store / f"{run.name}.safetensors")
-        if run.product:
-            self.write(student, run, trainer, seconds)
 
     def write(self, student: Decoder, run: Run, trainer: GraphTrainer, seconds: float) -> None:
-        """The checkpoint of a product."""
-        assert run.levels is not None
-        assert run.table is not None
+        """The state as a checkpoint."""
         options = heal.Options(
-            steps=trainer.step, batch=run.batch, optimizer=self.optimizer, learning_rate=run.rate, embedding=True,
-            bits=run.levels.bits, block=run.levels.block, embedding_bits=run.table.bits,
+            steps=trainer.step, batch=run.batch, optimizer=self.optimizer, learning_rate=run.rate,
+            embedding=run.table_trained,
         )  # fmt: skip
         result = heal.Result(float("nan"), trainer.best, trainer.step, seconds)
         with new_folder(self.store / run.name, force=True) as folder:
@@ -274,7 +196,7 @@ class Bench:
 
     def compare_shares(self) -> None:
         """Shares of replaced tokens, on a little text seen four times; measured on textbooks, of which none is seen."""
-        whole, others, share, run = self.data, self.others, self.share, RUNS["int3"]
+        whole, others, share, run = self.data, self.others, self.share, replace(SHORT, batch=32)
         rows = np.random.default_rng(0).permutation(np.arange(self.textbooks, len(self.all)))[:1024]
         apart = np.random.default_rng(0).permutation(self.textbooks)[:64]
         corpora = [Corpus(self.all[part], np.ones(self.all[part].shape, np.bool_)) for part in (rows, apart)]
@@ -289,14 +211,14 @@ class Bench:
 
     def compare_optimizers(self) -> None:
         """Equal tokens for each optimiser and rate, at 3 bits; then each at its best rate with multipliers."""
-        share, self.share, run = self.share, 0.0, replace(RUNS["int3"], batch=16)
-        for optimizer in ("adamw", "muon", "mano", "mano-v2"):
+        share, self.share = self.share, 0.0
+        for optimizer in self.optimizers:
             found = {}
-            for rate in RATES:
-                found[rate] = self.short(replace(run, rate=rate), 100, optimizer, "optimizers")
+            for rate in self.rates:
+                found[rate] = self.short(replace(SHORT, rate=rate), 100, optimizer, "optimizers")
             best = min(found, key=lambda rate: found[rate])
             for placement in ("minimal", "full"):
-                self.short(replace(run, rate=best), 100, optimizer, "optimizers", multipliers=placement)
+                self.short(replace(SHORT, rate=best), 100, optimizer, "optimizers", multipliers=placement)
         self.share = share
 
     def short(

@@ -115,6 +115,24 @@ def test_a_plan_counts_the_passes(place):
     assert 'use = "heal.distill"' in found.recipe
 
 
+@pytest.mark.parametrize(("name", "layers", "table_bits"), [("small", 10, 4), ("tiny", 2, 3)])
+def test_the_built_in_recipes_that_heal(tmp_path, name, layers, table_bits):
+    tiny_folder(tmp_path / "source", layers=10)
+    (tmp_path / "text.txt").write_text(" ".join(CORPUS) * 12)
+    recipe, short = load_recipe(name), {"steps": 2, "batch": 4, "micro_batch": 4, "length": 32, "held_out": 4}
+    text = dataclasses.replace(recipe.calibration, files=(str(tmp_path / "text.txt"),), samples=2, length=32)
+    steps = tuple(dataclasses.replace(step, **(short if step.name == "heal.distill" else {})) for step in recipe.steps)
+    compress(
+        open_path(tmp_path / "source"), dataclasses.replace(recipe, calibration=text, steps=steps), tmp_path / "out"
+    )
+    found = open_checkpoint(tmp_path / "out")
+    assert found.decoder.layers == layers
+    weights = {path: found.weight(path) for matrices, _ in found.blocks.values() for path in matrices}
+    assert {weight.bits for path, weight in weights.items() if "layers" in path} == {3}
+    assert weights["model.embed_tokens"].bits == table_bits
+    assert all(weight.block == 64 and weight.steps is not None for weight in weights.values())
+
+
 def test_the_digest_of_a_recipe_does_not_depend_on_where_its_text_lies(place):
     recipe = load_recipe(place / "healed.toml")
     moved = dataclasses.replace(recipe.steps[1], data=("elsewhere.txt",))

@@ -30,7 +30,7 @@ from edgekit.heal import state
 from edgekit.heal.data import Split, load
 from edgekit.heal.decoder import HEAD, TABLE, Decoder, frozen, refuse_different_vocabulary
 from edgekit.heal.distributed import Sharding, group_of_torchrun
-from edgekit.heal.fake_quant import Levels, Offset
+from edgekit.heal.fake_quant import Levels, Offset, Scales
 from edgekit.heal.layerwise import heal_layers
 from edgekit.heal.losses import Kind, Loss
 from edgekit.heal.matrix import Adapter
@@ -49,7 +49,8 @@ class Options:
 
     train       all: every matrix and norm; multipliers: multipliers and norms, codes stay; grids: scales, offsets and
                 norms; adapters: low-rank changes of `adapter_rank`, folded at the end
-    bits        of float matrices in the layers: 0 leaves them float; `embedding_bits` the same for table and head
+    bits        of float matrices in the layers: 0 leaves them float; `embedding_bits` the same for table and head;
+                `block`, `offset` and `scales` are those of both
     embedding   whether the values of table and head are trained too
     layer_steps steps for each layer alone, before all are trained together (0: none)
     """
@@ -79,6 +80,7 @@ class Options:
     bits: int = 0
     block: int = 32
     offset: Offset = "zero"
+    scales: Scales = "float16"
     embedding_bits: int = 0
     layer_steps: int = 0
     precision: Precision = "auto"
@@ -101,7 +103,7 @@ class Options:
             )
         for bits in (self.bits, self.embedding_bits):
             if bits:
-                Levels(bits, self.block, self.offset)
+                Levels(bits, self.block, self.offset, self.scales)
         self.training()
 
     def training(self) -> Training:
@@ -117,7 +119,7 @@ class Options:
     def levels(self, path: str) -> Levels | None:
         """The grid for a float matrix, or None."""
         bits = self.embedding_bits if path in (TABLE, HEAD) else self.bits
-        return Levels(bits, self.block, self.offset) if bits else None
+        return Levels(bits, self.block, self.offset, self.scales) if bits else None
 
 
 @dataclass(frozen=True)
