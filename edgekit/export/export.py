@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -50,6 +51,7 @@ def export(
     context: int | None = None,
     rope_scaling: tuple[str, float] | None = None,
     sparse: SparseOptions | None = None,
+    activations: Literal[8, 15] = 15,
     calibration: str | None = None,
     wheelhouse: bool = False,
     force: bool = False,
@@ -61,7 +63,8 @@ def export(
     `rope_scaling`, a kind and a factor, makes the context longer than the trained one, and the report says so.
     A factored matrix whose factors would be slower than the matrix on the device is multiplied out: see `contract`.
     With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
-    default one that the model writes itself.
+    default one that the model writes itself. `activations` are the bits that our operators round activations to when
+    they decode: 8 take fewer instructions, 15 agree with the checkpoint (docs/kernels.md).
 
     Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
     lets it pass and records the numbers); nothing is left at `output` then.
@@ -82,6 +85,11 @@ def export(
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = target.native and library_path() is not None and runs_natively(checkpoint)
+        if activations == 8 and not native:
+            raise UserError(
+                f"--activations 8 is for our operators: the model must be quantised, the target native ({target.name})"
+                f" and the kernels installed ({status()})"
+            )
         if sparse is not None and not native:
             raise UserError(
                 f"sparse attention needs our operators: the model must be quantised, the target native ({target.name})"
@@ -111,6 +119,7 @@ def export(
             operators="edgekit" if native else "stock",
             budget=sparse.budget if sparse else None,
             decode_threads=device.decode_threads if device else None,
+            activations=activations,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -121,7 +130,7 @@ def export(
             original,
             folder,
             spec,
-            products=_products(checkpoint, target, native=native),
+            products=_products(checkpoint, target, native=native and activations == 15),
             accept_drift=accept_drift,
         )
         try:

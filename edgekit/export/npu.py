@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import MODEL, PREFILL, LayerCache
 from edgekit.checkpoint import Checkpoint
-from edgekit.errors import DeviceError
+from edgekit.device import Device
+from edgekit.errors import DeviceError, UserError
 from edgekit.export.fit import layer_caches
 from edgekit.export.graph import Graph
-from edgekit.export.static import Rounding, build_static
-from edgekit.runtime.providers import Choice, choose
+from edgekit.export.rounded import Range, Rounding
+from edgekit.export.static import build_static
+from edgekit.export.targets import Target
+from edgekit.report import Measurement
+from edgekit.runtime.providers import Choice, choose, plugin_devices
 from edgekit.runtime.static import compiled_name, inputs, load_graph
 
 SAMPLE = 512  # tokens
@@ -106,17 +110,22 @@ def rounding_for(names: Rounding, extremes: Sequence[NDArray[np.float32]], layer
             index = names.stream.index(name)
             ranges[f"{norm}.whole"] = float(stream_low[index].min()), float(stream_high[index].max())
     ranges["model.embed_tokens.divided"] = ranges[names.stream[0]]
+    return Rounding(ranges, hide(ranges, layers), divisors)
+
+
+def hide(ranges: dict[str, Range], layers: int) -> float:
+    """Set the ranges of the mask, and of what it is added to; returns what it takes away from a score to hide it."""
     attention = [f"model.layers.{index}.self_attn" for index in range(layers)]
     scores = [ranges[f"{layer}.scores"] for layer in attention]
     hidden = max(b - a for a, b in scores) + BEYOND
     ranges["mask"] = (-hidden, 0.0)
     for layer, (a, b) in zip(attention, scores, strict=True):
         ranges |= {f"{layer}.masked": (a - hidden, b), f"{layer}.shares": (0.0, 1.0)}
-    return Rounding(ranges, hidden, divisors)
+    return hidden
 
 
-def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int) -> list[str]:
-    """Compile both graphs for a Hexagon version; returns what stayed on the CPU, one line a kind of operator.
+def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int, files: Sequence[str] = (MODEL, PREFILL)) -> list[str]:
+    """Compile graphs for a Hexagon version; returns what stayed on the CPU, one line a kind of operator.
 
     Raises DeviceError: onnxruntime-qnn is not installed, or its compiler refused a graph.
     """
@@ -125,7 +134,7 @@ def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int) -> list[str]:
     finest = ("htp_graph_finalization_optimization_mode", "3")
     choice = Choice(chosen.name, chosen.devices, (chosen.options[0], finest, *target))
     left: list[str] = []
-    for file in (MODEL, PREFILL):
+    for file in files:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         choice.apply(options)
@@ -141,6 +150,32 @@ def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int) -> list[str]:
         nodes = onnx.load(str(compiled), load_external_data=False).graph.node
         left += [f"{file}: {line}" for line in _left(nodes)]
     return left
+
+
+def hexagon(device: Device | None, target: Target) -> tuple[int, int] | None:
+    """The Hexagon version and the number of the SoC to compile for; None without a device, or for another vendor's."""
+    if device is None:
+        return None
+    npu = device.npu
+    if npu is None:
+        raise UserError(
+            f"--target {target.name} needs an NPU: {device.title} has none; leave --device out to build for any"
+        )
+    if npu.provider != target.provider:
+        made_by = f"--target npu-{npu.provider}" if npu.provider else "no target"
+        raise UserError(f"--target {target.name} is not for {npu.name} of {device.title}, for which there is {made_by}")
+    if target.provider != "qnn":
+        return None
+    if npu.htp_arch is None or npu.soc_model is None:
+        raise UserError(f"compiling for {npu.name} needs htp_arch and soc_model in the device's [npu]")
+    plugin_devices("qnn")  # raises where the compiler is missing, before the long work
+    return npu.htp_arch, npu.soc_model
+
+
+def compiled_record(folder: Path, htp: tuple[int, int], *, files: Sequence[str] = (MODEL, PREFILL)) -> Measurement:
+    """Compile for what `hexagon` gave; the record names what stayed on the CPU. Raises DeviceError."""
+    left = compile_qnn(folder, htp_arch=htp[0], soc_model=htp[1], files=files)
+    return Measurement("compiled for Hexagon", float(htp[0]), "", note=f"left on the CPU: {'; '.join(left)}")
 
 
 REASONS = {

@@ -74,7 +74,7 @@ template <int Bits, Offset Kind>
 [[gnu::noinline]] void square(const Matrix& w, int64_t tile, const uint8_t* codes, const Activations& x, int64_t first,
                    const float* scales_x, Floats* sums) {
   const int64_t blocks = w.blocks(), block = w.block, width = x.width, line = 64;
-  const TileScales<Bits, Kind> scales(w, tile);
+  TileScales<Bits, Kind> scales(w, tile, w.steps != nullptr);
   const float* scale_x = scales_x + first * blocks;
   const float* sum_x = scale_x + x.rows / kLanes * kLanes * blocks;
   const int8_t* rows = x.codes + first * width;
@@ -97,7 +97,8 @@ template <int Bits, Offset Kind>
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = from + i;
-      const Floats scale = scales.scale(b), offset = scales.offset(b, scale);
+      const Floats scale = scales.scale(), offset = scales.offset(scale);
+      scales.next();
       for (int m = 0; m < kLanes; ++m) {
         const Ints product = {_mm512_load_si512(products[i] + m * kLanes)};
         acc[m] = fma(to_float(product), mul(scale, all(scale_x[b * kLanes + m])), acc[m]);
