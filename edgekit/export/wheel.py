@@ -32,7 +32,8 @@ EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip file
 def write_wheel(folder: Path, arch: Arch, *, by_zig: bool = False) -> Path:
     """Pack edgekit for Linux on `arch` into `folder`; returns the wheel, whose tag names the C library that it needs.
 
-    On a machine of that kind the installed kernels are packed, unless `by_zig`. Raises UserError: compiling for another processor needs ziglang. DeviceError: the compiler failed.
+    On a machine of that kind the installed kernels are packed, unless `by_zig`.
+    Raises UserError: compiling for another processor needs ziglang. DeviceError: the compiler failed.
     """
     library = kernels_for(arch, by_zig=by_zig)
     tag = f"py3-none-manylinux_2_{needed_glibc(library.read_bytes())}_{arch}"
