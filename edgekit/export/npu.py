@@ -30,6 +30,7 @@ from edgekit.runtime.static import compiled_name, inputs, load_graph
 
 SAMPLE = 512  # tokens
 ROOM = 1.25
+STARTS = 4  # for each piece of the sample, so many begin with no cache behind them
 BEYOND = 16.0  # a hidden score lies at least so far below the least one: e^-16 is below half a step of 16 bits
 USUAL = 4.0  # times the median over channels of a channel's largest value in the stream
 STICKS_OUT = 8.0  # times the usual: from there the stream's channels get divisors
@@ -67,7 +68,8 @@ def build_npu(
 def _observe(
     model: Path, rounding: Rounding, caches: Sequence[LayerCache], sample: Sequence[int], *, context: int, chunk: int
 ) -> list[NDArray[np.float32]]:
-    """What the observer's outputs are over whole pieces of the sample, each after those before while the context lasts.
+    """What the observer's outputs are over whole pieces of the sample: each after those before while the context lasts,
+    and pieces that begin anew, for the first token of a text is where values are largest.
 
     They are the least and the largest values of tensors, (names, 1), and of the stream's channels, (names, hidden).
     """
@@ -76,8 +78,11 @@ def _observe(
     outputs = ("low", "high", "stream.low", "stream.high")
     found: list[NDArray[np.float32]] = []
     past = 0
-    for start in range(0, max(1, len(sample) - chunk + 1), chunk):
-        if past + chunk > context or not past:
+    last = max(1, len(sample) - chunk + 1)
+    pieces = [(start, False) for start in range(0, last, chunk)]
+    pieces += [(start, True) for start in range(0, last, max(1, chunk // STARTS))]
+    for start, anew in pieces:
+        if past + chunk > context or not past or anew:
             past = 0
             cache = {
                 f"past.{name}": np.zeros((1, layer.kv_heads, context, layer.head_dim), np.float32)
