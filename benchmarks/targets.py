@@ -15,6 +15,7 @@ import gzip
 import statistics
 from pathlib import Path
 
+import numpy as np
 from common import Benchmark, data
 from instructions import Emulator, build_llama_cpp
 from speed import quantize_peer
@@ -22,17 +23,22 @@ from speed import quantize_peer
 from edgekit.checkpoint import Checkpoint
 from edgekit.device import load_device
 from edgekit.export.export import open_tokenizer
+from edgekit.export.npu_encoder import export_npu_encoder
 from edgekit.export.npu_export import export_npu
 from edgekit.export.parity import agreement, divergence
 from edgekit.export.targets import TARGETS
 from edgekit.model.builtin import fetch_builtin
+from edgekit.model.encoder_config import encoder_config
+from edgekit.model.encoder_reference import states
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model
+from edgekit.runtime.embeddings import Embedder, pooled
 from edgekit.runtime.providers import Processor
 from edgekit.runtime.session import Session
 
 POSITIONS, EMULATED = 512, 64  # compared on the CPU; of them, those that the emulated Hexagon computes too
 CONTEXT = 512
+SENTENCES = 50
 
 
 def arm(bench: Benchmark, work: Path, *, tokens: int) -> None:
@@ -40,12 +46,15 @@ def arm(bench: Benchmark, work: Path, *, tokens: int) -> None:
     model = work / "q4_0.gguf"
     if not model.exists():
         quantize_peer(fetch_builtin("smollm2-135m"), model)
-    ours = emulator.edgekit(work / "small.arm", tokens)
+    ours = {bits: emulator.edgekit(work / "small.arm", tokens, activations=bits) for bits in (15, 8)}
     theirs = emulator.llama_cpp(build_llama_cpp(work / "llama", "cortex-a76"), model, tokens)
     note = "cortex-a76, one thread; all that runs is counted"
-    for name, counts in (("edgekit int4", ours), ("llama.cpp Q4_0", theirs)):
+    rows = {f"edgekit int4, activations of {bits} bits": counts for bits, counts in ours.items()}
+    for name, counts in {**rows, "llama.cpp Q4_0, activations of 8 bits": theirs}.items():
         bench.value(f"instructions per token, {name}", statistics.fmean(counts) / 1e6, "M", n=len(counts), note=note)
-    bench.at_most("instructions per token, edgekit / llama.cpp", sum(ours) / sum(theirs), 1.1)
+    for bits, counts in ours.items():
+        name = f"instructions per token, edgekit / llama.cpp, activations of {bits} bits"
+        bench.at_most(name, sum(counts) / sum(theirs), 1.1)
 
 
 def npu(bench: Benchmark, checkpoint: Checkpoint, work: Path, *, provider: str) -> None:
@@ -72,6 +81,27 @@ def npu(bench: Benchmark, checkpoint: Checkpoint, work: Path, *, provider: str) 
         bench.at_least(f"top-1 agreement, {engine.kernels}, {count} positions", share, 0.95)
 
 
+def encoder(bench: Benchmark, work: Path, *, provider: str) -> None:
+    """MiniLM's embeddings of sentences beside the NumPy forward's."""
+    checkpoint = open_model("minilm-l6")
+    folder = work / f"minilm.{provider}"
+    device = load_device("snapdragon-8-elite") if provider == "qnn" else None
+    manifest = export_npu_encoder(checkpoint, folder, target=TARGETS[f"npu-{provider}"], device=device, force=True)
+    bench.measurements += [row for row in manifest.measurements if row.name.startswith("compiled")]
+    with gzip.open(data("text/wikitext2_valid.raw.txt.gz"), "rt", encoding="utf-8") as file:
+        texts = [line.strip()[:300] for line in file.read(60_000).splitlines() if len(line) > 100][:SENTENCES]
+    config = encoder_config(checkpoint.config)
+    embedder = Embedder.open(folder, threads=1, processor="cpu")
+    rows = [np.array([embedder.tokenizer.encode(text).ids]) for text in texts]
+    expected = np.concatenate([pooled(states(checkpoint, config, ids), embedder.spec) for ids in rows])
+    runs: list[tuple[Processor, int]] = [("cpu", len(texts))] + ([("npu", 4)] if provider == "qnn" else [])
+    for processor, count in runs:
+        embedder = Embedder.open(folder, threads=1, processor=processor)
+        cosines = np.sum(expected[:count] * embedder.embed(texts[:count]), axis=1)
+        bench.at_least(f"MiniLM: lowest cosine to the NumPy forward, {embedder.encoder.kernels}, {count} sentences",
+                       float(cosines.min()), 0.99)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -84,6 +114,7 @@ def main() -> None:
         arm(bench, options.work, tokens=32 if options.quick else 128)
     for provider in ("qnn", "openvino"):
         if options.only in (None, provider):
+            encoder(bench, options.work, provider=provider)
             npu(bench, open_model(str(options.work / "small")), options.work, provider=provider)
     bench.finish(as_json=options.json)
 

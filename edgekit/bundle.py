@@ -83,6 +83,7 @@ class DecoderSpec:
     float32. `budget` is how many positions a token
     attends to exactly in sparse layers, unless the session asks for another number. `static` is there where the graphs
     have fixed shapes. `decode_threads` is how many threads read memory best on the device that it was exported for.
+    `activations` are the bits that our operators round activations to for up to 64 tokens at a time.
     """
 
     architecture: str
@@ -98,6 +99,7 @@ class DecoderSpec:
     static: StaticGraphs | None = None
     decode_threads: int | None = None
     cache: Literal["float", "int8"] = "float"
+    activations: Literal[8, 15] = 15
 
     def __post_init__(self) -> None:
         if self.cache == "int8" and (self.operators != "edgekit" or self.static is not None):
@@ -158,7 +160,7 @@ class DecoderSpec:
 
     def to_json(self) -> str:
         facts = dataclasses.asdict(self)
-        usual = {"static": None, "decode_threads": None, "cache": "float"}
+        usual: dict[str, object] = {"static": None, "decode_threads": None, "cache": "float", "activations": 15}
         return json.dumps({k: v for k, v in facts.items() if k not in usual or v != usual[k]}, indent=1)
 
 
@@ -167,7 +169,7 @@ class EncoderSpec:
     """What the runtime must know of an encoder graph: texts of up to `max_length` tokens become `dim` numbers each.
 
     `pooling` and `normalize` say how token states become a vector. `resident_bytes`, `activation_bytes` and `operators`
-    mean what they do in `DecoderSpec`.
+    mean what they do in `DecoderSpec`. `static` is there where the graph takes one text of `chunk` tokens, padded.
     """
 
     architecture: str
@@ -181,8 +183,11 @@ class EncoderSpec:
     activation_bytes: int
     operators: Literal["stock", "edgekit"] = "stock"
     kind: Literal["encoder"] = "encoder"
+    static: StaticGraphs | None = None
 
     def __post_init__(self) -> None:
+        if self.static is not None and self.static.chunk != self.max_length:
+            raise ModelError(f"a graph of {self.static.chunk} tokens must take texts of as many: got {self.max_length}")
         for name, size in {"vocabulary": self.vocabulary, "max_length": self.max_length, "dim": self.dim}.items():
             if not 0 < size <= 1 << 24:
                 raise ModelError(f"{name} must be from 1 to {1 << 24}: got {size}")
@@ -190,7 +195,8 @@ class EncoderSpec:
             raise ModelError(f"bytes must not be below 0: got {self.resident_bytes} and {self.activation_bytes}")
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        facts = dataclasses.asdict(self)
+        return json.dumps({k: v for k, v in facts.items() if k != "static" or v}, indent=1)
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,15 @@ class Case:
         )
 
 
-def open_session(model: onnx.ModelProto | Path, *, native: bool, threads: int = 1) -> ort.InferenceSession:
+def open_session(
+    model: onnx.ModelProto | Path, *, native: bool, threads: int = 1, activations: Literal[8, 15] = 15
+) -> ort.InferenceSession:
     """The model with or without the kernel library, which must be there if `native`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if native:
-        assert register(options, decode_threads=threads, prefill_threads=threads)
+        assert register(options, decode_threads=threads, prefill_threads=threads, activations=activations)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
@@ -170,13 +172,15 @@ def native_mode(rows: int, path: str = "") -> reference.Activations:
     return "bfloat16" if path == "amx" else "int8"
 
 
-def steady_activations(rng: np.random.Generator, rows: int, columns: int, block: int) -> Floats:
+def steady_activations(
+    rng: np.random.Generator, rows: int, columns: int, block: int, mode: Literal["int16", "int8"] | None = None
+) -> Floats:
     """Rows whose codes no rounding error on the way can change: (1, rows, columns).
 
     Each block holds its peak and else numbers well away from the middle between two codes. Blocks differ in size; the
     second row and now and then a block are all zero.
     """
-    blocks, steps = -(-columns // block), reference.STEPS[native_mode(rows)]
+    blocks, steps = -(-columns // block), reference.STEPS[mode or native_mode(rows)]
     codes = rng.integers(1 - steps, steps, (rows, blocks, block)) + rng.uniform(-0.4, 0.4, (rows, blocks, block))
     codes[:, :, 0] = steps
     codes *= 10.0 ** rng.integers(-3, 2, (rows, blocks, 1))

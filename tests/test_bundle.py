@@ -25,6 +25,7 @@ from edgekit.export.targets import TARGETS
 from edgekit.manifest import NAME, Manifest, record_files
 from edgekit.quant.grid import Grid
 from edgekit.runtime.session import Session
+from edgekit.schema import parse
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,9 @@ def test_a_spec_survives_its_json() -> None:
     facts = dataclasses.asdict(spec)
     assert facts.pop("static") is facts.pop("decode_threads") is None  # left out where there are none
     assert facts.pop("cache") == "float"
+    assert facts.pop("activations") == 15  # and where it is the usual
+    coarse = dataclasses.replace(spec, activations=8)
+    assert parse(DecoderSpec, json.loads(coarse.to_json()), where="runtime.json", error=ModelError) == coarse
     assert data == json.loads(json.dumps(facts))
 
 

@@ -42,6 +42,15 @@ def test_published_speeds_are_predicted_within_a_quarter(tmp_path: Path, row: di
     assert abs(found / row["tokens_per_s"] - 1) <= 0.25
 
 
+@pytest.mark.parametrize("row", PUBLISHED["counted"], ids=lambda row: f"{row['model']}-{row['device']}-{row['bits']}")
+def test_so_are_those_of_models_known_by_their_size(row: dict[str, Any]) -> None:
+    size = int(row["parameters"] * row["bits"] / 8)
+    footprint = Footprint(row["model"], "any", size, size, 0, 0, 0, 4096, row["parameters"])
+    found = fit(footprint, load_device(row["device"]), context=256).tokens_per_s
+    assert found is not None
+    assert abs(found / row["tokens_per_s"] - 1) <= 0.25
+
+
 def test_parameters_and_bytes_of_a_known_model(tmp_path: Path) -> None:
     footprint = llama(tmp_path)
     assert abs(footprint.parameters / 8.03e9 - 1) < 0.001

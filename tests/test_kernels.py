@@ -31,6 +31,7 @@ from kernel_cases import (
     random_matrix,
     run_in_place,
     run_natively,
+    steady_activations,
 )
 from onnx import TensorProto
 
@@ -97,6 +98,19 @@ def test_the_largest_codes_do_not_overflow(bits: int, block: int, offsets: Offse
     x = np.where(np.arange(rows)[:, None] % 2, -3, 3).astype(np.float32).repeat(256, axis=1)[None]
     case = matrix_case("QuantLinear", tile(weight), {"x": x}, {}, {"bias": NOTHING, "residual": NOTHING})
     assert_native(case, rows=rows)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("bits", "block", "offsets", "scales"), KINDS[::5])
+def test_sessions_of_8_bits_stay_so(bits: int, block: int, offsets: Offsets, scales: Scales, rows: int) -> None:
+    """A session keeps the activations that it was made with when others are made after it."""
+    case = linear_case(33, 130, bits=bits, block=block, offsets=offsets, scales=scales, rows=rows)
+    x = steady_activations(np.random.default_rng(1), rows, 130, block, "int8")
+    coarse = open_session(case.model(), native=True, activations=8)
+    open_session(case.model(), native=True)
+    (expected,) = case.changed(x=x).reference(activations="int8")
+    for path in every_path():
+        assert_close(coarse.run(None, {"x": x})[0], expected, 1e-6, path)
 
 
 @pytest.mark.parametrize("rows", [2, 70])

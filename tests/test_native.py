@@ -11,6 +11,7 @@ from test_reference import rounded, tiny_checkpoint
 from edgekit.bundle import Bundle
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
+from edgekit.errors import UserError
 from edgekit.export.export import export
 from edgekit.export.native import runs_natively
 from edgekit.export.targets import find_target, host_target
@@ -114,6 +115,26 @@ def test_a_model_with_some_float_matrices_runs_natively(tmp_path: Path) -> None:
     export(checkpoint, tmp_path / "bundle", target=NATIVE)
     (expected,) = forward(checkpoint, [IDS])
     assert np.abs(run(tmp_path / "bundle", IDS, by=50) - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+@needs_kernels
+def test_a_bundle_may_decode_with_activations_of_8_bits(tmp_path: Path) -> None:
+    checkpoint = native_model("LlamaForCausalLM", Grid(4, 32, "symmetric"))
+    for bits in (8, 15):
+        export(checkpoint, tmp_path / str(bits), target=NATIVE, activations=bits, accept_drift=True)
+    assert Bundle.open(tmp_path / "8").spec.activations == 8
+    assert "activations" not in (tmp_path / "15" / "runtime.json").read_text()
+    (expected,) = forward(checkpoint, [IDS])
+    errors = [np.abs(run(tmp_path / bits, IDS, by=1) - expected).max() / np.abs(expected).max() for bits in ("8", "15")]
+    assert 2e-3 < errors[0] < 6e-2
+    assert errors[1] < 2e-3
+
+
+@pytest.mark.parametrize("target", ["portable", "x86"])
+def test_activations_are_our_operators_matter(target: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--activations 8 is for our operators"):
+        export(tiny_checkpoint(head_dim=16), tmp_path / "bundle", target=find_target(target), activations=8)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_float_models_and_odd_heads_use_stock_operators() -> None:

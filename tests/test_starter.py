@@ -21,8 +21,8 @@ from edgekit.export.wheel import write_wheel
 def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Kernels that somebody compiled, so that none are compiled here."""
     library = tmp_path / "kernels.so"
-    library.write_bytes(b"\x7fELF kernels")
-    monkeypatch.setattr(wheel, "kernels_for", lambda arch: library)
+    library.write_bytes(b"\x7fELF kernels GLIBC_2.4 GLIBC_2.31 GLIBC_2.17")
+    monkeypatch.setattr(wheel, "kernels_for", lambda arch, by_zig: library)
     return library
 
 
@@ -44,6 +44,15 @@ def test_a_wheel_holds_the_package_the_devices_and_the_other_machines_kernels(
                 assert (digest, int(size)) == (f"sha256={found}", len(archive.read(name)))
                 names.remove(name)
     assert names == {record}
+
+
+@pytest.mark.parametrize(("needs", "minor"), [(b"", 17), (b"GLIBC_2.2.5", 17), (b"GLIBC_2.14 GLIBC_2.35", 35)])
+def test_a_wheels_tag_names_the_c_library_that_its_kernels_need(
+    needs: bytes, minor: int, no_compiler: Path, tmp_path: Path
+) -> None:
+    """Kernels that a machine built for itself may need a newer one than those that zig builds."""
+    no_compiler.write_bytes(b"\x7fELF" + needs)
+    assert f"manylinux_2_{minor}_x86_64" in write_wheel(tmp_path / "wheels", "x86_64").name
 
 
 def test_the_same_package_gives_the_same_bytes(no_compiler: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,8 +17,22 @@ from edgekit.errors import UserError
 @click.argument("texts", nargs=-1)
 @click.option("--truncate", is_flag=True, help="Embed the beginning of a text that is too long, and say so.")
 @click.option("--threads", type=int, help="Default: the cores that this machine has for it.")
+@click.option(
+    "--processor",
+    type=click.Choice(["auto", "npu", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where a bundle for an NPU runs.",
+)
 @json_option
-def embed(bundle: Path, texts: tuple[str, ...], truncate: bool, threads: int | None, as_json: bool) -> None:
+def embed(
+    bundle: Path,
+    texts: tuple[str, ...],
+    truncate: bool,
+    threads: int | None,
+    processor: Literal["auto", "npu", "cpu"],
+    as_json: bool,
+) -> None:
     """Embed TEXTS with BUNDLE. `-` reads one text a line from standard input; of two texts or more the cosine of each
     with the first is shown, and with --json the vectors.
 
@@ -30,7 +45,10 @@ def embed(bundle: Path, texts: tuple[str, ...], truncate: bool, threads: int | N
     rows = _standard_input().splitlines() if texts == ("-",) else list(texts)
     if not rows:
         raise UserError("embed needs texts: name them, or pass - and one text a line on standard input")
-    result = Embedder.open(bundle, threads=threads).encode(rows, truncate=truncate)
+    embedder = Embedder.open(bundle, threads=threads, processor=processor)
+    if reason := getattr(embedder.encoder, "reason", ""):
+        click.echo(f"[runs on {embedder.encoder.kernels.split(' (')[0]}: {reason}]", err=True)
+    result = embedder.encode(rows, truncate=truncate)
     for index in result.truncated:
         click.echo(f"[cut: text {index} has {result.tokens[index]} tokens]", err=True)
     if as_json:

@@ -41,6 +41,11 @@ from edgekit.errors import UserError
 @click.option("--budget", type=int, help="Positions that sparse attention attends to exactly; default 256.")
 @click.option("--dense-below", type=int, help="Contexts up to this length are attended exactly; default 1024.")
 @click.option(
+    "--activations",
+    type=click.Choice(["8", "15"]),
+    help="Bits of activations in our operators; 8: fewer instructions a token, less exact. Default 15.",
+)
+@click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text to fit sparse attention or an NPU's ranges to; default: our own.",
@@ -61,6 +66,7 @@ def export(
     prefill: str,
     budget: int | None,
     dense_below: int | None,
+    activations: str | None,
     calibration: Path | None,
     wheelhouse: bool,
     force: bool,
@@ -76,6 +82,7 @@ def export(
     from edgekit.evaluate.text import read_text
     from edgekit.export.encoder import export_encoder
     from edgekit.export.export import export as run
+    from edgekit.export.npu_encoder import export_npu_encoder
     from edgekit.export.npu_export import export_npu
     from edgekit.export.sparse import PREFILL_BUDGET, SparseOptions
     from edgekit.export.targets import find_target, host_target, target_for
@@ -97,6 +104,8 @@ def export(
     sparse = made[attention](**options)
     if wheelhouse and goal.arch != "aarch64":
         raise UserError(f"--wheelhouse is for Arm devices: the target is {goal.name}")
+    if activations and not goal.native:
+        raise UserError(f"--activations is for the targets of our operators, x86 and arm: the target is {goal.name}")
     text = read_text(calibration) if calibration else None
     with stages("opening the model", quiet=as_json) as tell:
         checkpoint = open_model(model, progress=tell)
@@ -105,9 +114,20 @@ def export(
                 raise UserError("--cache is for decoders: an encoder keeps nothing between texts")
             if context is not None:
                 raise UserError("--context is for decoders: an encoder takes texts as long as it was trained for")
-            manifest = export_encoder(
-                checkpoint, folder, target=goal, force=force, accept_drift=accept_drift, on_progress=tell
-            )
+            if goal.provider:
+                manifest = export_npu_encoder(
+                    checkpoint,
+                    folder,
+                    target=goal,
+                    device=chosen,
+                    force=force,
+                    accept_drift=accept_drift,
+                    on_progress=tell,
+                )
+            else:
+                manifest = export_encoder(
+                    checkpoint, folder, target=goal, force=force, accept_drift=accept_drift, on_progress=tell
+                )
         elif goal.provider:
             if sparse is not None or rope_scaling is not None or cache == "int8":
                 raise UserError("--attention sparse, --cache int8 and --rope-scaling are not for an NPU")
@@ -132,6 +152,7 @@ def export(
                 rope_scaling=_scaling(rope_scaling),
                 sparse=sparse,
                 cache=cache,
+                activations=8 if activations == "8" else 15,
                 calibration=text,
                 wheelhouse=wheelhouse,
                 force=force,

@@ -44,7 +44,8 @@ from edgekit.manifest import Manifest
 from edgekit.model.encoder_config import EncoderConfig, encoder_config
 from edgekit.model.encoder_reference import states
 from edgekit.report import Measurement
-from edgekit.runtime.embeddings import Encoder, pooled
+from edgekit.runtime.embeddings import Encoder, StaticEncoder, pooled
+from edgekit.runtime.providers import Choice
 from edgekit.weight import Floats, Quantized, concatenate
 
 TEXTS = (
@@ -265,8 +266,11 @@ def check_encoder(
 ) -> tuple[Measurement, ...]:
     """Compare the graph's embeddings of `TEXTS` with the NumPy forward's. Raises ModelError beyond the bounds."""
     config = encoder_config(checkpoint.config)
-    encoder = Encoder(folder / MODEL, spec, threads=1)
-    sequences = _token_ids(checkpoint, spec)
+    cpu = Choice("onnxruntime CPU")
+    encoder = (
+        StaticEncoder(folder, spec, threads=1, choice=cpu) if spec.static else Encoder(folder / MODEL, spec, threads=1)
+    )
+    sequences = token_ids(checkpoint, spec)
     cosines, drifts = [], []
     for ids in sequences:
         row = np.array([ids], np.int64)
@@ -278,7 +282,8 @@ def check_encoder(
     cosine, drift = float(np.min(cosines)), float(np.max(drifts))
     if not np.isfinite(cosine):
         raise ModelError(f"embeddings must be finite and not zero: a cosine is {cosine}; the weights are damaged")
-    wrong = cosine < COSINE_BOUND if spec.operators == "edgekit" else drift > FLOAT_BOUND
+    rounds = spec.operators == "edgekit" or spec.static is not None
+    wrong = cosine < COSINE_BOUND if rounds else drift > FLOAT_BOUND
     if wrong and not accept_drift:
         raise ModelError(
             f"the exported graph must agree with the checkpoint: lowest cosine {cosine:.6f} (bound"
@@ -291,7 +296,8 @@ def check_encoder(
     )
 
 
-def _token_ids(checkpoint: Checkpoint, spec: EncoderSpec) -> list[list[int]]:
+def token_ids(checkpoint: Checkpoint, spec: EncoderSpec) -> list[list[int]]:
+    """The tokens of `TEXTS`. Raises ModelError: the tokenizer does not fit the model."""
     try:
         tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
         tokenizer.no_truncation()

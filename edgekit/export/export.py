@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -52,6 +53,7 @@ def export(
     rope_scaling: tuple[str, float] | None = None,
     sparse: SparseOptions | None = None,
     cache: CacheType = "float16",
+    activations: Literal[8, 15] = 15,
     calibration: str | None = None,
     wheelhouse: bool = False,
     force: bool = False,
@@ -64,7 +66,8 @@ def export(
     A factored matrix whose factors would be slower than the matrix on the device is multiplied out: see `contract`.
     With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
     default one that the model writes itself. `cache` is what keys and values are kept in, where the target has our
-    operators; stock graphs keep float32.
+    operators; stock graphs keep float32. `activations` are the bits that our operators round activations to when
+    they decode: 8 take fewer instructions, 15 agree with the checkpoint (docs/kernels.md).
 
     Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
     lets it pass and records the numbers); nothing is left at `output` then.
@@ -85,6 +88,11 @@ def export(
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = target.native and library_path() is not None and runs_natively(checkpoint)
+        if activations == 8 and not native:
+            raise UserError(
+                f"--activations 8 is for our operators: the model must be quantised, the target native ({target.name})"
+                f" and the kernels installed ({status()})"
+            )
         if sparse is not None and not native:
             raise UserError(
                 f"sparse attention needs our operators: the model must be quantised, the target native ({target.name})"
@@ -122,6 +130,7 @@ def export(
             budget=sparse.budget if sparse else None,
             decode_threads=device.decode_threads if device else None,
             cache="int8" if cache == "int8" else "float",
+            activations=activations,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -132,7 +141,7 @@ def export(
             original,
             folder,
             spec,
-            products=_products(checkpoint, target, native=native),
+            products=_products(checkpoint, target, native=native and activations == 15),
             accept_drift=accept_drift,
         )
         try:

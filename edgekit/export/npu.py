@@ -17,15 +17,20 @@ from numpy.typing import NDArray
 
 from edgekit.bundle import MODEL, PREFILL, LayerCache
 from edgekit.checkpoint import Checkpoint
-from edgekit.errors import DeviceError
+from edgekit.device import Device
+from edgekit.errors import DeviceError, UserError
 from edgekit.export.fit import usual_caches
 from edgekit.export.graph import Graph
-from edgekit.export.static import Rounding, build_static
-from edgekit.runtime.providers import Choice, choose
+from edgekit.export.rounded import Range, Rounding
+from edgekit.export.static import build_static
+from edgekit.export.targets import Target
+from edgekit.report import Measurement
+from edgekit.runtime.providers import Choice, choose, plugin_devices
 from edgekit.runtime.static import compiled_name, inputs, load_graph
 
 SAMPLE = 512  # tokens
 ROOM = 1.25
+STARTS = 4  # for each piece of the sample, so many begin with no cache behind them
 BEYOND = 16.0  # a hidden score lies at least so far below the least one: e^-16 is below half a step of 16 bits
 USUAL = 4.0  # times the median over channels of a channel's largest value in the stream
 STICKS_OUT = 8.0  # times the usual: from there the stream's channels get divisors
@@ -63,7 +68,8 @@ def build_npu(
 def _observe(
     model: Path, rounding: Rounding, caches: Sequence[LayerCache], sample: Sequence[int], *, context: int, chunk: int
 ) -> list[NDArray[np.float32]]:
-    """What the observer's outputs are over whole pieces of the sample, each after those before while the context lasts.
+    """What the observer's outputs are over whole pieces of the sample: each after those before while the context lasts,
+    and pieces that begin anew, for the first token of a text is where values are largest.
 
     They are the least and the largest values of tensors, (names, 1), and of the stream's channels, (names, hidden).
     """
@@ -72,8 +78,11 @@ def _observe(
     outputs = ("low", "high", "stream.low", "stream.high")
     found: list[NDArray[np.float32]] = []
     past = 0
-    for start in range(0, max(1, len(sample) - chunk + 1), chunk):
-        if past + chunk > context or not past:
+    last = max(1, len(sample) - chunk + 1)
+    pieces = [(start, False) for start in range(0, last, chunk)]
+    pieces += [(start, True) for start in range(0, last, max(1, chunk // STARTS))]
+    for start, anew in pieces:
+        if past + chunk > context or not past or anew:
             past = 0
             cache = {
                 f"past.{name}": np.zeros((1, layer.kv_heads, context, layer.head_dim), np.float32)
@@ -106,17 +115,22 @@ def rounding_for(names: Rounding, extremes: Sequence[NDArray[np.float32]], layer
             index = names.stream.index(name)
             ranges[f"{norm}.whole"] = float(stream_low[index].min()), float(stream_high[index].max())
     ranges["model.embed_tokens.divided"] = ranges[names.stream[0]]
+    return Rounding(ranges, hide(ranges, layers), divisors)
+
+
+def hide(ranges: dict[str, Range], layers: int) -> float:
+    """Set the ranges of the mask, and of what it is added to; returns what it takes away from a score to hide it."""
     attention = [f"model.layers.{index}.self_attn" for index in range(layers)]
     scores = [ranges[f"{layer}.scores"] for layer in attention]
     hidden = max(b - a for a, b in scores) + BEYOND
     ranges["mask"] = (-hidden, 0.0)
     for layer, (a, b) in zip(attention, scores, strict=True):
         ranges |= {f"{layer}.masked": (a - hidden, b), f"{layer}.shares": (0.0, 1.0)}
-    return Rounding(ranges, hidden, divisors)
+    return hidden
 
 
-def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int) -> list[str]:
-    """Compile both graphs for a Hexagon version; returns what stayed on the CPU, one line a kind of operator.
+def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int, files: Sequence[str] = (MODEL, PREFILL)) -> list[str]:
+    """Compile graphs for a Hexagon version; returns what stayed on the CPU, one line a kind of operator.
 
     Raises DeviceError: onnxruntime-qnn is not installed, or its compiler refused a graph.
     """
@@ -125,7 +139,7 @@ def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int) -> list[str]:
     finest = ("htp_graph_finalization_optimization_mode", "3")
     choice = Choice(chosen.name, chosen.devices, (chosen.options[0], finest, *target))
     left: list[str] = []
-    for file in (MODEL, PREFILL):
+    for file in files:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         choice.apply(options)
@@ -141,6 +155,32 @@ def compile_qnn(folder: Path, *, htp_arch: int, soc_model: int) -> list[str]:
         nodes = onnx.load(str(compiled), load_external_data=False).graph.node
         left += [f"{file}: {line}" for line in _left(nodes)]
     return left
+
+
+def hexagon(device: Device | None, target: Target) -> tuple[int, int] | None:
+    """The Hexagon version and the number of the SoC to compile for; None without a device, or for another vendor's."""
+    if device is None:
+        return None
+    npu = device.npu
+    if npu is None:
+        raise UserError(
+            f"--target {target.name} needs an NPU: {device.title} has none; leave --device out to build for any"
+        )
+    if npu.provider != target.provider:
+        made_by = f"--target npu-{npu.provider}" if npu.provider else "no target"
+        raise UserError(f"--target {target.name} is not for {npu.name} of {device.title}, for which there is {made_by}")
+    if target.provider != "qnn":
+        return None
+    if npu.htp_arch is None or npu.soc_model is None:
+        raise UserError(f"compiling for {npu.name} needs htp_arch and soc_model in the device's [npu]")
+    plugin_devices("qnn")  # raises where the compiler is missing, before the long work
+    return npu.htp_arch, npu.soc_model
+
+
+def compiled_record(folder: Path, htp: tuple[int, int], *, files: Sequence[str] = (MODEL, PREFILL)) -> Measurement:
+    """Compile for what `hexagon` gave; the record names what stayed on the CPU. Raises DeviceError."""
+    left = compile_qnn(folder, htp_arch=htp[0], soc_model=htp[1], files=files)
+    return Measurement("compiled for Hexagon", float(htp[0]), "", note=f"left on the CPU: {'; '.join(left)}")
 
 
 REASONS = {

@@ -11,14 +11,13 @@ from edgekit.checkpoint import Checkpoint, refuse_overlap
 from edgekit.device import Device
 from edgekit.errors import UserError
 from edgekit.export.export import activation_bytes, eos_ids, open_tokenizer, sentence
-from edgekit.export.npu import SAMPLE, build_npu, compile_qnn
+from edgekit.export.npu import SAMPLE, build_npu, compiled_record, hexagon
 from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, check_parity
 from edgekit.export.record import write_manifest
 from edgekit.export.targets import Target
 from edgekit.folder import new_folder
 from edgekit.manifest import Manifest
-from edgekit.report import Measurement
-from edgekit.runtime.providers import Choice, plugin_devices
+from edgekit.runtime.providers import Choice
 from edgekit.runtime.static import StaticEngine
 
 CONTEXT = 1024  # tokens, unless asked for more or fewer: every token reads all of a fixed cache
@@ -53,7 +52,7 @@ def export_npu(
         raise UserError(f"--context must be from 2 to the model's {config.context_length}: got {context}")
     if config.sliding_window:
         raise UserError("an NPU's graphs attend to the whole context: the model has a sliding window")
-    htp = _hexagon(device, target)
+    htp = hexagon(device, target)
     chunk = min(CHUNK, longest)
     refuse_overlap(checkpoint, output)
     tokenizer = open_tokenizer(checkpoint)
@@ -92,33 +91,8 @@ def export_npu(
         measured = (*measured, sentence(engine, tokenizer, sequences[0]))
         if htp is not None:
             on_progress(f"compiling for Hexagon v{htp[0]}")
-            left = compile_qnn(folder, htp_arch=htp[0], soc_model=htp[1])
-            note = "; ".join(left)
-            measured = (
-                *measured,
-                Measurement("compiled for Hexagon", float(htp[0]), "", note=f"left on the CPU: {note}"),
-            )
+            measured = (*measured, compiled_record(folder, htp))
             spec = dataclasses.replace(spec, static=dataclasses.replace(static, compiled=f"Hexagon v{htp[0]}"))
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         on_progress("writing digests")
         return write_manifest(checkpoint, folder, measured)
-
-
-def _hexagon(device: Device | None, target: Target) -> tuple[int, int] | None:
-    """The Hexagon version and the number of the SoC to compile for; None without a device, or for another vendor's."""
-    if device is None:
-        return None
-    npu = device.npu
-    if npu is None:
-        raise UserError(
-            f"--target {target.name} needs an NPU: {device.title} has none; leave --device out to build for any"
-        )
-    if npu.provider != target.provider:
-        made_by = f"--target npu-{npu.provider}" if npu.provider else "no target"
-        raise UserError(f"--target {target.name} is not for {npu.name} of {device.title}, for which there is {made_by}")
-    if target.provider != "qnn":
-        return None
-    if npu.htp_arch is None or npu.soc_model is None:
-        raise UserError(f"compiling for {npu.name} needs htp_arch and soc_model in the device's [npu]")
-    plugin_devices("qnn")  # raises where the compiler is missing, before the long work
-    return npu.htp_arch, npu.soc_model

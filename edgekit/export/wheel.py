@@ -12,6 +12,7 @@ import base64
 import hashlib
 import importlib.metadata
 import platform
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -28,13 +29,14 @@ from edgekit.model.builtin import cache_folder
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip file
 
 
-def write_wheel(folder: Path, arch: Arch) -> Path:
-    """Pack edgekit for Linux on `arch` into `folder`; returns the wheel.
+def write_wheel(folder: Path, arch: Arch, *, by_zig: bool = False) -> Path:
+    """Pack edgekit for Linux on `arch` into `folder`; returns the wheel, whose tag names the C library that it needs.
 
+    On a machine of that kind the installed kernels are packed, unless `by_zig`.
     Raises UserError: compiling for another processor needs ziglang. DeviceError: the compiler failed.
     """
-    library = kernels_for(arch)
-    tag = f"py3-none-manylinux_{GLIBC.replace('.', '_')}_{arch}"
+    library = kernels_for(arch, by_zig=by_zig)
+    tag = f"py3-none-manylinux_2_{needed_glibc(library.read_bytes())}_{arch}"
     found = importlib.metadata.distribution("edgekit")
     info = f"edgekit-{found.version}.dist-info"
     package = Path(edgekit.__file__).parent
@@ -62,13 +64,18 @@ def write_wheel(folder: Path, arch: Arch) -> Path:
     return wheel
 
 
-def kernels_for(arch: Arch) -> Path:
+def needed_glibc(library: bytes) -> int:
+    """The minor version of glibc 2 that a library asks for: the newest that its symbols name, and 17 at least."""
+    return max([17, *(int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", library))])
+
+
+def kernels_for(arch: Arch, *, by_zig: bool = False) -> Path:
     """The kernel library for `arch`: the installed one on such a machine, else one from zig, which is kept.
 
     Raises as `write_wheel`.
     """
     installed = library_path()
-    if platform.machine() == arch and installed is not None:
+    if platform.machine() == arch and installed is not None and not by_zig:
         return installed
     sources = "".join(digest(path) for path in sorted(CSRC.iterdir()) if path.is_file())
     name = hashlib.sha256(f"{sources}{GLIBC}".encode()).hexdigest()[:16]
@@ -86,7 +93,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("say where the wheels go: python -m edgekit.export.wheel FOLDER")
     for arch in get_args(Arch):
-        print(write_wheel(Path(sys.argv[1]), arch))
+        print(write_wheel(Path(sys.argv[1]), arch, by_zig=True))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -39,15 +39,22 @@ def library_path() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def register(options: ort.SessionOptions, *, decode_threads: int, prefill_threads: int) -> bool:
+def register(
+    options: ort.SessionOptions, *, decode_threads: int, prefill_threads: int, activations: Literal[8, 15] = 15
+) -> bool:
     """Make a session use the kernels; False when the install has none.
+
+    `activations` are the bits of activations when up to 64 tokens go through at once; with more they always have 8.
+    The session must be made before another is registered: it takes what was set last.
 
     Raises DeviceError: the library is there but cannot be loaded, or onnxruntime refuses it.
     """
     path = library_path()
     if path is None:
         return False
-    _load(path).edgekit_set_threads(decode_threads, prefill_threads)
+    loaded = _load(path)
+    loaded.edgekit_set_threads(decode_threads, prefill_threads)
+    loaded.edgekit_set_activations(activations)
     try:
         options.register_custom_ops_library(str(path))
     except Exception as problem:  # onnxruntime raises classes of its own, with no common base
@@ -116,6 +123,8 @@ def _load(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
         library.edgekit_set_threads.argtypes = [ctypes.c_int, ctypes.c_int]
         library.edgekit_set_threads.restype = None
+        library.edgekit_set_activations.argtypes = [ctypes.c_int]
+        library.edgekit_set_activations.restype = None
         library.edgekit_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         library.edgekit_read.restype = ctypes.c_uint64
         library.edgekit_near_peak.argtypes = [

@@ -28,6 +28,8 @@ from edgekit.host import host_device
 from edgekit.kernels import library
 from edgekit.profile.memory import available_bytes
 from edgekit.runtime.budget import BASE_BYTES
+from edgekit.runtime.providers import Choice, Processor, choose
+from edgekit.runtime.static import compiled_name, load_graph, padded_text
 
 Floats = NDArray[np.float32]
 RUN_TOKENS = 2048  # tokens of one run: more cost memory and bring no speed (docs/encoders.md)
@@ -72,17 +74,43 @@ class Encoder:
         return states
 
 
+class StaticEncoder:
+    """The same over a graph of one padded text, on what was chosen. `reason` says why it is not an NPU."""
+
+    def __init__(self, folder: Path, spec: EncoderSpec, *, threads: int, choice: Choice) -> None:
+        """Load the graph. Raises DeviceError when onnxruntime or the provider refuses it."""
+        assert spec.static is not None
+        self.threads, self.static = threads, spec.static
+        self.kernels, self.reason = str(choice), choice.reason
+        compiled = bool(choice.devices) and spec.static.compiled is not None
+        self._session = load_graph(
+            folder / (compiled_name(MODEL) if compiled else MODEL), threads, choice, as_it_is=compiled
+        )
+
+    def run(self, ids: NDArray[np.int64]) -> Floats:
+        """As `Encoder.run`, text by text."""
+        states = []
+        for row in ids.tolist():
+            feeds = padded_text(row, length=self.static.chunk, hidden=self.static.hidden)
+            try:
+                states.append(self._session.run(["states"], feeds)[0][0, : len(row)])
+            except Exception as problem:
+                raise DeviceError(f"onnxruntime stopped at {ids.shape} tokens: {_first_line(problem)}") from problem
+        return np.array(states)
+
+
 class Embedder:
     """A loaded encoder bundle. Safe for use by several threads at once, which then share its cores."""
 
-    def __init__(self, spec: EncoderSpec, encoder: Encoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, spec: EncoderSpec, encoder: Encoder | StaticEncoder, tokenizer: Tokenizer) -> None:
         self.spec = spec
         self.encoder = encoder
         self.tokenizer = tokenizer
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None) -> Embedder:
-        """Open an encoder bundle. `threads` defaults to the cores that this machine has for it.
+    def open(cls, path: str | Path, *, threads: int | None = None, processor: Processor = "auto") -> Embedder:
+        """Open an encoder bundle. `threads` defaults to the cores that this machine has for it, `processor` says where
+        a bundle for an NPU runs: see `edgekit.runtime.providers`.
 
         Raises UserError or ModelError for a bad bundle, BudgetError before loading when memory does not suffice.
         """
@@ -91,8 +119,14 @@ class Embedder:
             raise UserError(f"--threads must be at least 1: got {threads}")
         _refuse_if_too_large(bundle.spec)
         tokenizer = _tokenizer(bundle)
-        encoder = Encoder(bundle.file(MODEL), bundle.spec, threads=threads or host_device().threads or 1)
-        return cls(bundle.spec, encoder, tokenizer)
+        cores = threads or host_device().threads or 1
+        if (static := bundle.spec.static) is not None:
+            bundle.file(compiled_name(MODEL) if static.compiled else MODEL)
+            choice = choose(static.provider, processor)
+            return cls(bundle.spec, StaticEncoder(bundle.path, bundle.spec, threads=cores, choice=choice), tokenizer)
+        if processor != "auto":
+            raise UserError(f"--processor is for bundles of an NPU: {path} is for {bundle.spec.target}")
+        return cls(bundle.spec, Encoder(bundle.file(MODEL), bundle.spec, threads=cores), tokenizer)
 
     @property
     def dim(self) -> int:

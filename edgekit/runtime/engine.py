@@ -65,7 +65,9 @@ class Engine:
             options.enable_profiling, options.profile_file_prefix = True, str(trace)
         wanted = spec.operators == "edgekit"
         decode = decode_threads or min(threads, spec.decode_threads or threads)
-        self.native = wanted and library.register(options, decode_threads=decode, prefill_threads=threads)
+        self.native = wanted and library.register(
+            options, decode_threads=decode, prefill_threads=threads, activations=spec.activations
+        )
         self.kernels = library.path_name() or "stock" if self.native else "stock"
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

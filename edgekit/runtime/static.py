@@ -117,6 +117,15 @@ def inputs(ids: Sequence[int], past: int, *, length: int, context: int, hidden: 
     return {"input_ids": padded, "positions": positions, "mask": mask}
 
 
+def padded_text(ids: Sequence[int], *, length: int, hidden: float) -> dict[str, NDArray[Any]]:
+    """The inputs of an encoder's graph of `length` tokens."""
+    padded = np.zeros((1, length), np.int64)
+    padded[0, : len(ids)] = ids
+    mask = np.full((1, 1, 1, length), -hidden, np.float32)
+    mask[..., : len(ids)] = 0
+    return {"input_ids": padded, "mask": mask}
+
+
 def compiled_name(file: str) -> str:
     """The file of a graph that was compiled for an NPU."""
     return file.replace(".onnx", ".qnn.onnx")

@@ -8,12 +8,14 @@ lacks ends the driver there, as it would on the processor.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from edgekit.kernels.build import CSRC, build_for, compile_units
 
+EMULATOR = "qemu-aarch64-static"
 # What each processor must have found: Pi 3 and Zero 2, Pi 4, Pi 5, and one with everything.
 PROCESSORS = {
     "cortex-a53": {"portable", "neon"},
@@ -24,6 +26,9 @@ PROCESSORS = {
 
 
 def main(folder: Path) -> int:
+    if shutil.which(EMULATOR) is None:
+        print(f"emulation needs {EMULATOR}: apt-get install qemu-user-static", file=sys.stderr)
+        return 5
     driver, library = folder / "driver", folder / "_edgekit_kernels.so"
     units = [*sorted(CSRC.glob("path_*.cpp")), CSRC / "dispatch.cpp", Path(__file__).with_name("driver.cpp")]
     compile_units("aarch64", units, driver, program=True)
@@ -31,9 +36,7 @@ def main(folder: Path) -> int:
     print(f"{library}: {library.stat().st_size} bytes")
     failed = False
     for processor, paths in PROCESSORS.items():
-        done = subprocess.run(
-            ["qemu-aarch64-static", "-cpu", processor, str(driver)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([EMULATOR, "-cpu", processor, str(driver)], capture_output=True, text=True, check=False)
         print(f"{processor}: exit status {done.returncode}\n{done.stdout}{done.stderr}", end="", flush=True)
         found = {line.split()[0] for line in done.stdout.splitlines()}
         if done.returncode != 0 or found != paths:

@@ -34,19 +34,19 @@ constexpr int64_t kGroup = 16 * 64;
 // Columns from..to of one tile as bfloat16, in groups.
 template <int Bits, Offset Kind>
 [[gnu::noinline]] void scale_tile(const Matrix& w, int64_t tile, int64_t from, int64_t to, uint8_t* out) {
-  const TileScales<Bits, Kind> scales(w, tile);
+  TileScales<Bits, Kind> scales(w, tile, w.steps != nullptr);
   const uint8_t* codes = w.codes + tile * w.tile_codes() + from * kLanes * Bits / 8;
   const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
                                          4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i byte = _mm512_set1_epi32(255);
-  const int log = __builtin_ctz(static_cast<unsigned>(w.block));
+  scales.next(from >> __builtin_ctz(static_cast<unsigned>(w.block)));
   for (int64_t column = from; column < to; column += 32) {
     Bytes unpacked[8];
     unpack<Bits>(codes, unpacked);
     for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
     codes += kLanes * 32 * Bits / 8;
-    const Floats scale = scales.scale(column >> log);
-    const Floats minimum = scales.offset(column >> log, scale), zero = scales.zero(column >> log);
+    const Floats scale = scales.scale(), minimum = scales.offset(scale), zero = scales.zero();
+    if ((column + 32) % w.block == 0) scales.next();
     for (const Bytes& run : unpacked) {
       const auto value = [&](int at) {
         const Ints code = {_mm512_and_si512(_mm512_srli_epi32(run.v, 8 * at), byte)};

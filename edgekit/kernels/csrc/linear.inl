@@ -17,16 +17,16 @@ namespace {
 
 // Run k of a plane of Width bits, each code shifted up by Up bits; `lines` are the plane's own.
 template <int Width, int Up, int Run>
-[[gnu::always_inline]] inline Bytes run_of(const Bytes* lines) {
+[[gnu::always_inline]] inline Part run_of(const Part* lines) {
   constexpr int kDown = Width * (Run / Width) - Up;
   return field<kDown, ((1 << Width) - 1) << Up>(lines[Run % Width]);
 }
 
 template <int Bits, int... Runs>
-[[gnu::always_inline]] inline void unpack_runs(const uint8_t* p, Bytes* codes, std::integer_sequence<int, Runs...>) {
+[[gnu::always_inline]] inline void unpack_runs(const uint8_t* p, Part* codes, std::integer_sequence<int, Runs...>) {
   constexpr int kLow = low_bits(Bits), kHigh = Bits - kLow;
-  Bytes lines[Bits];
-  for (int i = 0; i < Bits; ++i) lines[i] = load_bytes(p + 64 * i);
+  Part lines[Bits];
+  for (int i = 0; i < Bits; ++i) lines[i] = load_part(p + 64 * i);
   if constexpr (kHigh == 0) {
     ((codes[Runs] = run_of<kLow, 0, Runs>(lines)), ...);
   } else {
@@ -34,11 +34,11 @@ template <int Bits, int... Runs>
   }
 }
 
-// Columns of 32 of one tile as 8 vectors of codes.
+// Columns of 32 of a part of one tile as 8 vectors of codes.
 template <int Bits>
-[[gnu::always_inline]] inline void unpack(const uint8_t* p, Bytes* codes) {
+[[gnu::always_inline]] inline void unpack(const uint8_t* p, Part* codes) {
   if constexpr (Bits == 8) {
-    for (int g = 0; g < 8; ++g) codes[g] = wide(load_bytes(p + 64 * g));
+    for (int g = 0; g < 8; ++g) codes[g] = wide(load_part(p + 64 * g));
   } else {
     unpack_runs<Bits>(p, codes, std::make_integer_sequence<int, 8>());
   }
@@ -53,107 +53,144 @@ constexpr int zero_of() {
 // that guesses the next lines itself gets to a third of its memory's rate with codes and scales as two streams.
 constexpr int64_t kAhead = 4096;
 
-// The scales of one tile and its offsets, block by block. Where scales have 8 bits, a scale is a code times the row's
+// The scales of one tile and its offsets, those of one block after the other. Where scales have 8 bits, a scale is a code times the row's
 // step, which is exact in a float: so the result is that of float16 scales, had they those values.
 template <int Bits, Offset Kind>
 struct TileScales {
-  const uint16_t* scales;
-  const uint8_t* small_scales;  // the same place as bytes, and so on
-  const uint8_t* zero_points;
-  const uint16_t* minima;
-  const int8_t* small_minima;
   const bool small;
+  const int64_t stride, offset_stride;  // bytes of a block
+  const uint8_t* scales;  // of the block at hand
+  const uint8_t* offsets;
   Floats step = zeros(), minimum_step = zeros();
 
-  [[gnu::always_inline]] TileScales(const Matrix& w, int64_t tile) : small(w.steps != nullptr) {
-    const int64_t at = tile * w.blocks() * kLanes;
-    scales = static_cast<const uint16_t*>(w.scales) + at;
-    small_scales = static_cast<const uint8_t*>(w.scales) + at;
-    zero_points = static_cast<const uint8_t*>(w.offsets) + at;
-    minima = static_cast<const uint16_t*>(w.offsets) + at;
-    small_minima = static_cast<const int8_t*>(w.offsets) + at;
+  [[gnu::always_inline]] TileScales(const Matrix& w, int64_t tile, bool small)
+      : small(small), stride(small ? kLanes : 2 * kLanes),
+        offset_stride(Kind == Offset::kZeroPoint ? kLanes : stride) {
+    scales = static_cast<const uint8_t*>(w.scales) + tile * w.blocks() * stride;
+    offsets = static_cast<const uint8_t*>(w.offsets) + tile * w.blocks() * offset_stride;
     if (small) {
       constexpr int kNumbers = Kind == Offset::kMinimum ? 2 : 1;
       step = load_half(w.steps + tile * kNumbers * kLanes);
       if constexpr (kNumbers == 2) minimum_step = load_half(w.steps + (2 * tile + 1) * kLanes);
     }
   }
-  [[gnu::always_inline]] Floats scale(int64_t b) const {
-    return small ? mul(widen(small_scales + b * kLanes), step) : load_half(scales + b * kLanes);
+  [[gnu::always_inline]] Floats scale() const {
+    return small ? mul(widen(scales), step) : load_half(reinterpret_cast<const uint16_t*>(scales));
   }
   // What a unit of the sum of a block's activations adds, beside a scale.
-  [[gnu::always_inline]] Floats offset(int64_t b, Floats scale) const {
+  [[gnu::always_inline]] Floats offset(Floats scale) const {
     if constexpr (Kind == Offset::kZeroPoint) {
       const Floats shift = all(static_cast<float>(Bits == 8 ? 128 - kWideZero : 0));
-      return mul(sub(shift, widen(zero_points + b * kLanes)), scale);
+      return mul(sub(shift, widen(offsets)), scale);
     } else if constexpr (Kind == Offset::kMinimum) {
-      const Floats minimum = small ? mul(widen(small_minima + b * kLanes), minimum_step) : load_half(minima + b * kLanes);
+      const Floats minimum = small ? mul(widen(reinterpret_cast<const int8_t*>(offsets)), minimum_step)
+                                   : load_half(reinterpret_cast<const uint16_t*>(offsets));
       return Bits == 8 && kWideZero == 0 ? fma(scale, all(128.0f), minimum) : minimum;
     }
     return zeros();
   }
-  [[gnu::always_inline]] Floats zero(int64_t b) const {
-    return Kind == Offset::kZeroPoint ? widen(zero_points + b * kLanes) : all(static_cast<float>(1 << (Bits - 1)));
+  // What codes are measured from, where there are no minima.
+  [[gnu::always_inline]] Floats zero() const {
+    return Kind == Offset::kZeroPoint ? widen(offsets) : all(static_cast<float>(1 << (Bits - 1)));
   }
-  [[gnu::always_inline]] void fetch(int64_t b) const {
-    prefetch(small ? small_scales + b * kLanes : reinterpret_cast<const uint8_t*>(scales + b * kLanes));
-    if constexpr (Kind == Offset::kZeroPoint) prefetch(zero_points + b * kLanes);
-    if constexpr (Kind == Offset::kMinimum) {
-      prefetch(small ? small_minima + b * kLanes : reinterpret_cast<const int8_t*>(minima + b * kLanes));
-    }
+  [[gnu::always_inline]] void fetch(int64_t ahead) const {
+    prefetch(scales + ahead * stride);
+    if constexpr (Kind != Offset::kSymmetric) prefetch(offsets + ahead * offset_stride);
+  }
+  [[gnu::always_inline]] void next(int64_t blocks = 1) {
+    scales += blocks * stride;
+    offsets += blocks * offset_stride;
   }
 };
 
-// The products of one tile with Rows rows of activations, from row `first`.
-template <int Bits, Offset Kind, int Planes, int Rows>
-[[gnu::noinline]] void tile_product(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
+// Activations from one row and block on: what the loops below step through.
+template <int Planes>
+struct Columns {
+  const int8_t* codes;
+  const float* scales;
+  const int32_t* sums;
+  const int64_t width, blocks, plane, sums_plane;  // codes and sums of a row, and of all rows of a plane
+
+  [[gnu::always_inline]] Columns(const Activations& x, int64_t row)
+      : codes(x.codes + row * x.width), scales(x.scales + row * x.blocks), sums(x.sums + row * x.blocks), width(x.width),
+        blocks(x.blocks), plane(x.rows * x.width), sums_plane(x.rows * x.blocks) {}
+  [[gnu::always_inline]] const int32_t* sum(int p, int m) const { return sums + p * sums_plane + m * blocks; }
+  [[gnu::always_inline]] float whole_sum(int m) const {
+    const float high = static_cast<float>(*sum(0, m));
+    return Planes == 2 ? high * kPlane + static_cast<float>(*sum(Planes - 1, m)) : high;
+  }
+};
+
+// Products of a group's 32 columns, for a part of the tile's rows.
+template <int Bits, int Number, int Planes, int Rows>
+[[gnu::always_inline]] inline void add_part(Ints (&acc)[Planes][Rows], const uint8_t* codes, const Row (&x)[Planes][Rows]) {
+  Part unpacked[8];
+  unpack<Bits>(codes + 64 / kParts * Number, unpacked);
+  for (int p = 0; p < Planes; ++p) {
+    for (int m = 0; m < Rows; ++m) acc[p][m] = dot_part<Bits>(acc[p][m], Number, unpacked, x[p][m]);
+  }
+}
+
+// The products of one tile with Rows rows of activations, from row `first`. Usual: blocks of 32 with float16 scales.
+template <int Bits, Offset Kind, int Planes, int Rows, bool Usual>
+[[gnu::noinline]] void tile_product(const Matrix& w, int64_t tile, const Activations& activations, int64_t first,
+                                    Floats* sums) {
   const int64_t blocks = w.blocks();
-  const int groups = w.block / 32;
+  const int groups = Usual ? 1 : w.block / 32;
   constexpr int kGroupBytes = kLanes * 32 * Bits / 8;
   const uint8_t* codes = w.codes + tile * w.tile_codes();
-  const TileScales<Bits, Kind> scales(w, tile);
+  TileScales<Bits, Kind> scales(w, tile, !Usual && w.steps);
+  Columns<Planes> x(activations, first);
   // The first rows bring the tile into the cache, the others find it there.
-  const bool streams = first == 0;
+  const bool streams = Rows == 1 || first == 0;
   const int64_t ahead = (kAhead / kGroupBytes) >> __builtin_ctz(static_cast<unsigned>(groups));
-  for (int m = 0; m < Rows; ++m) sums[m] = zeros();
+  Floats total[Rows];  // in registers: stores through `sums` could be to anything
+  for (int m = 0; m < Rows; ++m) total[m] = zeros();
+  // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and other offsets are shifted, too.
+  constexpr bool kWholeZeros = Kind == Offset::kZeroPoint && kIntegerZeros;
+  constexpr int kShift = Bits == 8 ? 128 - kWideZero : 0;
   for (int64_t b = 0; b < blocks; ++b) {
     Ints acc[Planes][Rows];
+    Zeros zero_points;
+    if constexpr (kWholeZeros) zero_points = load_zeros<kShift>(scales.offsets);
     for (int p = 0; p < Planes; ++p) {
       for (int m = 0; m < Rows; ++m) {
-        const int32_t sum = x.sums[(p * x.rows + first + m) * blocks + b];
-        // Codes of 8 bits may be shifted to signed by `wide`: then zero_of is 0, and TileScales shifts other offsets.
-        acc[p][m] = all(Kind == Offset::kSymmetric ? -zero_of<Bits>() * sum : 0);
+        const int32_t* sum = x.sum(p, m);
+        acc[p][m] = kWholeZeros ? times(zero_points, sum) : all(Kind == Offset::kSymmetric ? -zero_of<Bits>() * *sum : 0);
       }
     }
-    for (int g = 0; g < groups; ++g) {
-      Bytes unpacked[8];
-      unpack<Bits>(codes, unpacked);
+    int g = groups;
+    do {
       if (streams) {
         for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
       }
-      codes += kGroupBytes;
+      Row rows[Planes][Rows];
       for (int p = 0; p < Planes; ++p) {
-        for (int m = 0; m < Rows; ++m) {
-          const int8_t* row = x.codes + (p * x.rows + first + m) * x.width + b * w.block + 32 * g;
-          acc[p][m] = dot<Bits>(acc[p][m], unpacked, row);
-        }
+        for (int m = 0; m < Rows; ++m) rows[p][m] = load_row(x.codes + p * x.plane + m * x.width);
       }
-    }
-    if (streams) scales.fetch(b + ahead);
-    const Floats scale = scales.scale(b), offset = scales.offset(b, scale);
+      add_part<Bits, 0, Planes, Rows>(acc, codes, rows);
+      if constexpr (kParts == 2) {
+        codes = settled(acc, codes);
+        add_part<Bits, 1, Planes, Rows>(acc, codes, rows);
+      }
+      codes += kGroupBytes;
+      x.codes += 32;
+    } while (--g);
+    if (streams) scales.fetch(ahead);
+    const Floats scale = scales.scale(), offset = scales.offset(scale);
+    scales.next();
     for (int m = 0; m < Rows; ++m) {
-      const int64_t at = (first + m) * blocks + b;
-      const Floats scale_x = all(x.scales[at]);
-      Floats product = to_float(acc[0][m]);
-      if constexpr (Planes == 2) product = fma(product, all(static_cast<float>(kPlane)), to_float(acc[1][m]));
-      sums[m] = fma(product, mul(scale, scale_x), sums[m]);
-      if constexpr (Kind != Offset::kSymmetric) {
-        float sum = static_cast<float>(x.sums[at]);
-        if constexpr (Planes == 2) sum = sum * kPlane + static_cast<float>(x.sums[x.rows * blocks + at]);
-        sums[m] = fma(offset, all(x.scales[at] * sum), sums[m]);
+      const float scale_x = x.scales[m * x.blocks];
+      const Floats product = Planes == 2 ? joined(acc[0][m], acc[Planes - 1][m]) : to_float(acc[0][m]);
+      total[m] = fma(product, mul(scale, all(scale_x)), total[m]);
+      if constexpr (Kind != Offset::kSymmetric && !kWholeZeros) {
+        total[m] = fma(offset, all(scale_x * x.whole_sum(m)), total[m]);
       }
     }
+    ++x.scales;
+    ++x.sums;
   }
+  for (int m = 0; m < Rows; ++m) sums[m] = total[m];
 }
 
 // e^x to about 2 ulp for x <= 88, and 0 far below: 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2.
@@ -192,20 +229,20 @@ inline Floats silu(Floats x) { return div(x, add(all(1.0f), exponential(sub(zero
   }
 }
 
-template <int Bits, Offset Kind, int Planes, int Rows>
+template <int Bits, Offset Kind, int Planes, int Rows, bool Usual>
 void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
                   int64_t first) {
   Floats sums[Rows];
   if (!end.gated) {
-    tile_product<Bits, Kind, Planes, Rows>(w, tile, x, first, sums);
+    tile_product<Bits, Kind, Planes, Rows, Usual>(w, tile, x, first, sums);
     for (int m = 0; m < Rows; ++m) {
       finish(end, sums[m], y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows);
     }
     return;
   }
   Floats up[Rows];
-  tile_product<Bits, Kind, Planes, Rows>(w, 2 * tile, x, first, sums);
-  tile_product<Bits, Kind, Planes, Rows>(w, 2 * tile + 1, x, first, up);
+  tile_product<Bits, Kind, Planes, Rows, Usual>(w, 2 * tile, x, first, sums);
+  tile_product<Bits, Kind, Planes, Rows, Usual>(w, 2 * tile + 1, x, first, up);
   for (int m = 0; m < Rows; ++m) {
     const Floats value = mul(silu(sums[m]), up[m]);
     finish(end, value, y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows / 2);
@@ -217,9 +254,15 @@ template <int Bits, Offset Kind, int Planes>
 inline void tile_rows(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
                       int64_t row) {
   constexpr int kMost = kAtOnce / Planes, kPair = kMost < 2 ? 1 : 2;
-  for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost>(w, x, end, y, stride, tile, row);
-  for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair>(w, x, end, y, stride, tile, row);
-  if (row < x.rows) rows_product<Bits, Kind, Planes, 1>(w, x, end, y, stride, tile, row);
+  for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost, false>(w, x, end, y, stride, tile, row);
+  for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair, false>(w, x, end, y, stride, tile, row);
+  if (row == x.rows) return;
+  // Small processors wait for instructions when they decode, and not for memory alone: they get a loop without choices.
+  if (kParts > 1 && w.block == 32 && !w.steps) {
+    rows_product<Bits, Kind, Planes, 1, (kParts > 1)>(w, x, end, y, stride, tile, row);
+  } else {
+    rows_product<Bits, Kind, Planes, 1, false>(w, x, end, y, stride, tile, row);
+  }
 }
 
 // Tiles first..last by `Rows::of`, which is tile_rows but on a path that has better for many rows.

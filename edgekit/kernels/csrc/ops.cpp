@@ -22,9 +22,6 @@ using ort::fail;
 using ort::Info;
 using ort::Tensor;
 
-// Up to so many rows activations have 15 bits: decoding waits for the weights, so the second dot product is free there.
-constexpr int64_t kFineRows = 64;
-
 // The attributes of a matrix, with its zero points and minima still unknown.
 Matrix read_matrix(const Info& info) {
   Matrix w{};
@@ -150,7 +147,7 @@ class Linear {
     const int threads = rows == 1 ? g_decode_threads : g_prefill_threads;
     Activations codes{};
     codes.rows = rows;
-    codes.planes = rows <= kFineRows ? 2 : path().many_planes;
+    codes.planes = rows <= fine_rows_ ? 2 : rows <= kFineRows ? 1 : path().many_planes;
     codes.blocks = w_.blocks();
     codes.width = codes.blocks * w_.block;
     codes.codes = scratch<int8_t, Use::kCodes>(activation_codes(codes.planes, rows, codes.width));
@@ -172,6 +169,7 @@ class Linear {
 
  private:
   Matrix w_;
+  const int64_t fine_rows_ = g_fine_rows;
   int64_t width_ = 0, tiles_ = 0;
   float epsilon_ = 0.0f;
   const float* norm_ = nullptr;
@@ -288,6 +286,11 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
 __attribute__((visibility("default"))) void edgekit_set_threads(int decode, int prefill) {
   edgekit::g_decode_threads = decode;
   edgekit::g_prefill_threads = prefill;
+}
+
+// Bits of activations of up to kFineRows rows, 8 or 15, in sessions that are made from now on.
+__attribute__((visibility("default"))) void edgekit_set_activations(int bits) {
+  edgekit::g_fine_rows = bits == 8 ? 0 : edgekit::kFineRows;
 }
 
 // The sum of `count` words: what a plain reading loop gets from memory.

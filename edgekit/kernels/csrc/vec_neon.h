@@ -15,9 +15,11 @@ struct Floats {
 struct Ints {
   int32x4_t v[4];
 };
-struct Bytes {  // 16 lanes of 4 bytes
-  uint8x16_t v[4];
+template <int Registers>
+struct BytesOf {
+  uint8x16_t v[Registers];
 };
+using Bytes = BytesOf<4>;  // 16 lanes of 4 bytes
 
 constexpr int kAtOnce = 4;  // sums that the registers hold beside their operands
 
@@ -144,8 +146,8 @@ inline Bytes load_bytes(const uint8_t* p) {
   return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
 }
 // Each byte shifted down by Down bits (up where it is negative), of which the bits of Mask stay.
-template <int Down, int Mask>
-inline Bytes field(Bytes b) {
+template <int Down, int Mask, int N>
+inline BytesOf<N> field(BytesOf<N> b) {
   constexpr bool kAllLeft = Down >= 0 && Mask == 255 >> Down;
   for (uint8x16_t& bytes : b.v) {
     if constexpr (Down > 0) bytes = vshrq_n_u8(bytes, Down);
@@ -154,8 +156,9 @@ inline Bytes field(Bytes b) {
   }
   return b;
 }
-inline Bytes either(Bytes a, Bytes b) {
-  for (int i = 0; i < 4; ++i) a.v[i] = vorrq_u8(a.v[i], b.v[i]);
+template <int N>
+inline BytesOf<N> either(BytesOf<N> a, BytesOf<N> b) {
+  for (int i = 0; i < N; ++i) a.v[i] = vorrq_u8(a.v[i], b.v[i]);
   return a;
 }
 
@@ -186,9 +189,12 @@ inline void turn(const uint8_t* p, int64_t stride, Bytes (&y)[4]) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
 constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
-inline Bytes wide(Bytes b) { return b; }
 inline Bytes signed_wide(Bytes b) {  // signed bytes in the form that `dot` wants
   for (uint8x16_t& bytes : b.v) bytes = veorq_u8(bytes, vdupq_n_u8(128));
+  return b;
+}
+template <int N>
+inline BytesOf<N> wide(BytesOf<N> b) {
   return b;
 }
 
@@ -200,7 +206,8 @@ inline int32x4_t dot_run(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
 #else
 
 constexpr int kWideZero = 0;  // 8-bit codes multiply as signed numbers
-inline Bytes wide(Bytes b) {
+template <int N>
+inline BytesOf<N> wide(BytesOf<N> b) {
   for (uint8x16_t& bytes : b.v) bytes = veorq_u8(bytes, vdupq_n_u8(128));
   return b;
 }
@@ -217,22 +224,50 @@ inline int32x4_t dot_run(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
-// acc + the sum over a lane's 4 * Runs codes times x, 32 or 16. codes[k] holds columns 4k to 4k + 3 of every lane.
-template <int Bits, int Runs = 8>
-inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
-  const int8x16_t first = vld1q_s8(x), last = vld1q_s8(x + 4 * Runs - 16);
-  for (int i = 0; i < 4; ++i) {
-    acc.v[i] = dot_run<0>(acc.v[i], codes[0].v[i], first);
-    acc.v[i] = dot_run<1>(acc.v[i], codes[1].v[i], first);
-    acc.v[i] = dot_run<2>(acc.v[i], codes[2].v[i], first);
-    acc.v[i] = dot_run<3>(acc.v[i], codes[3].v[i], first);
+// Codes of a group fill all registers: so they are unpacked for eight rows of the tile, used, and then for the others.
+constexpr int kParts = 2;
+using Part = BytesOf<2>;
+inline Part load_part(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16)}}; }
+// `codes`, to be read when the first part's sums are there: the compiler would mix both parts, and spill registers.
+template <int Planes, int Rows>
+inline const uint8_t* settled(Ints (&acc)[Planes][Rows], const uint8_t* codes) {
+  for (auto& rows : acc) {
+    for (Ints& sum : rows) __asm__ volatile("" : "+r"(codes), "+w"(sum.v[0]), "+w"(sum.v[1]));
+  }
+  return codes;
+}
+
+// Activations of 32 columns.
+struct Row {
+  int8x16_t low, high;
+};
+inline Row load_row(const int8_t* x) { return {vld1q_s8(x), vld1q_s8(x + 16)}; }
+
+// acc + the sum over a lane's 4 * Runs codes times x, 32 or 16, for the lanes that `codes` holds, from register `first`
+// of acc on. codes[k] holds columns 4k to 4k + 3 of every lane.
+template <int Runs, int N>
+inline Ints dot_row(Ints acc, const BytesOf<N>* codes, Row x, int first) {
+  for (int i = 0; i < N; ++i) {
+    int32x4_t& sum = acc.v[first + i];
+    sum = dot_run<0>(sum, codes[0].v[i], x.low);
+    sum = dot_run<1>(sum, codes[1].v[i], x.low);
+    sum = dot_run<2>(sum, codes[2].v[i], x.low);
+    sum = dot_run<3>(sum, codes[3].v[i], x.low);
     if constexpr (Runs == 4) continue;
-    acc.v[i] = dot_run<0>(acc.v[i], codes[4].v[i], last);
-    acc.v[i] = dot_run<1>(acc.v[i], codes[5].v[i], last);
-    acc.v[i] = dot_run<2>(acc.v[i], codes[6].v[i], last);
-    acc.v[i] = dot_run<3>(acc.v[i], codes[7].v[i], last);
+    sum = dot_run<0>(sum, codes[4].v[i], x.high);
+    sum = dot_run<1>(sum, codes[5].v[i], x.high);
+    sum = dot_run<2>(sum, codes[6].v[i], x.high);
+    sum = dot_run<3>(sum, codes[7].v[i], x.high);
   }
   return acc;
+}
+template <int Bits>
+inline Ints dot_part(Ints acc, int part, const Part* codes, Row x) {
+  return dot_row<8>(acc, codes, x, 2 * part);
+}
+template <int Bits, int Runs = 8>
+inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
+  return dot_row<Runs>(acc, codes, Row{vld1q_s8(x), vld1q_s8(x + 4 * Runs - 16)}, 0);
 }
 
 #else
@@ -271,6 +306,33 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 }
 
 #endif
+
+#if !defined(__ARM_FEATURE_DOTPROD)
+#include "vec_whole.h"
+#endif
+
+// Zero points join the integers: shift - zero of sixteen rows, times a block's sum, which has 15 bits.
+constexpr bool kIntegerZeros = true;
+struct Zeros {
+  int16x8_t v[2];
+};
+template <int Shift>
+inline Zeros load_zeros(const uint8_t* p) {
+  const uint8x16_t zeros = vld1q_u8(p), shift = vdupq_n_u8(Shift);
+  return {{vreinterpretq_s16_u16(vsubl_u8(vget_low_u8(shift), vget_low_u8(zeros))),
+           vreinterpretq_s16_u16(vsubl_high_u8(shift, zeros))}};
+}
+inline Ints times(Zeros zeros, const int32_t* sum) {
+  const int16x4_t factor = vreinterpret_s16_s32(vld1_dup_s32(sum));  // its lower half is first
+  return {{vmull_lane_s16(vget_low_s16(zeros.v[0]), factor, 0), vmull_high_lane_s16(zeros.v[0], factor, 0),
+           vmull_lane_s16(vget_low_s16(zeros.v[1]), factor, 0), vmull_high_lane_s16(zeros.v[1], factor, 0)}};
+}
+
+// kPlane * high + low, exact until it is rounded.
+inline Floats joined(Ints high, Ints low) {
+  for (int i = 0; i < 4; ++i) low.v[i] = vmlaq_n_s32(low.v[i], high.v[i], kPlane);
+  return to_float(low);
+}
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 

@@ -10,6 +10,10 @@ namespace edgekit {
 
 inline int g_decode_threads = 1, g_prefill_threads = 1;
 
+// Up to so many rows activations have 15 bits: what is set when a session makes its kernels is theirs.
+constexpr int64_t kFineRows = 64;
+inline int64_t g_fine_rows = kFineRows;
+
 // What scratch memory is for; pieces for different uses may be held at the same time.
 enum class Use {
   kCodes, kScales, kSums, kQueries, kPartials, kScores, kDistances, kNear, kPlaces, kFound, kTails, kPositions, kGathered,
