@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -91,7 +91,7 @@ def export(
     from edgekit.report import Report, print_report
 
     given = {"budget": budget, "dense_below": dense_below}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = load_device(device) if device else None
     goal = find_target(target) if target else target_for(chosen) if chosen else find_target(host_target())
     if attention == "dense" and (options or (calibration and not goal.provider)):
@@ -100,8 +100,9 @@ def export(
         if attention != "sparse":
             raise UserError("--prefill sparse is for --attention sparse")
         options["prefill_budget"] = PREFILL_BUDGET
-    made = {"dense": lambda **_: None, "sparse": SparseOptions, "adamas": SparseOptions.as_published}
-    sparse = made[attention](**options)
+    sparse: SparseOptions | None = None
+    if attention != "dense":
+        sparse = SparseOptions(**options) if attention == "sparse" else SparseOptions.as_published(**options)
     if wheelhouse and goal.arch != "aarch64":
         raise UserError(f"--wheelhouse is for Arm devices: the target is {goal.name}")
     if activations and not goal.native:

@@ -76,9 +76,9 @@ class SparseOptions:
         )
 
     def __post_init__(self) -> None:
-        rules = (("budget", 1), ("recent", 1), ("sinks", 0), ("followers", 0), ("dense_layers", 0), ("dense_below", 0))
-        rules = (*rules, ("prefill_budget", 0))
-        for name, least in rules:
+        positive = ("budget", "recent")
+        for name in (*positive, "sinks", "followers", "dense_layers", "dense_below", "prefill_budget"):
+            least = int(name in positive)
             value = getattr(self, name)
             if not least <= value <= 1 << 20:
                 raise UserError(f"{name} of sparse attention must be from {least} to {1 << 20}: got {value}")

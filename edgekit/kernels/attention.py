@@ -251,20 +251,24 @@ def _sparse(
     for head in range(0 if adamas else kv_heads):
         sparse.average(means[0, head], values[head], first)
     if tokens == 1 and total > max(dense_below, positions):
-        forced = {"budget": positions, "sinks": sinks, "recent": recent}
+        forced: dict[str, Any] = {"budget": positions, "sinks": sinks, "recent": recent}
         shared = 1 if per_query_head else len(q) // kv_heads  # query heads that share what is selected
         found = []
         for first in range(0, len(q), shared):
             head = first * kv_heads // len(q)
-            asking = (q[first : first + shared, 0], asked(q, cache)[first : first + shared, 0])
-            known = (keys[head], values[head])
+            queries, exact = q[first : first + shared, 0], asked(q, cache)[first : first + shared, 0]
+            kept = keys[head], values[head]
             if adamas:
                 coded = sparse_adamas.load(codes[0, head], total, head_dim)
-                found.append(sparse_adamas.attend(*asking, *known, coded, center[head, 0], **forced))
+                found.append(sparse_adamas.attend(queries, exact, *kept, coded, center[head, 0], **forced))
             else:
                 coded = sparse.load(codes[0, head], total, head_dim=head_dim)
-                summary = coded, sparse.load_means(means[0, head], head_dim), center[head]
+                average = sparse.load_means(means[0, head], head_dim)
                 decoded = decoder.reshape(kv_heads, head_dim, -1)[head].T
-                found.append(sparse.attend(*asking, *known, *summary, decoded, followers=followers, **forced))
+                found.append(
+                    sparse.attend(
+                        queries, exact, *kept, coded, average, center[head], decoded, followers=followers, **forced
+                    )
+                )
         y = np.concatenate(found).reshape(1, 1, -1)
     return y, *present, codes, means
