@@ -121,9 +121,11 @@ def quant_embedding(
 def product(x: Floats, W: Doubles, block: int, activations: Activations) -> Doubles:
     """x W^T, after the rounding of x that `activations` asks for."""
     if activations == "bfloat16":
-        return np.matmul(bfloat16(x), bfloat16(W).T)
-    exact = rounded(x, block, STEPS[activations]) if activations in STEPS else x.astype(np.float64)
-    return np.matmul(exact, W.T)
+        exact, W = bfloat16(x), bfloat16(W)
+    else:
+        exact = rounded(x, block, STEPS[activations]) if activations in STEPS else x.astype(np.float64)
+    y: Doubles = exact @ W.T
+    return y
 
 
 def bfloat16(x: NDArray[np.floating[Any]]) -> Doubles:
