@@ -185,5 +185,5 @@ def test_an_onnxruntime_that_is_too_old_is_told_so() -> None:
     """A table of version 17 and below, in a process of its own: the library would keep it."""
     command = [sys.executable, "-c", OLD_RUNTIME, str(library_path())]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert re.fullmatch(r"2 .*need onnxruntime 1\.18 or newer.*1\.17\.3.*", said[0])
+    assert re.fullmatch(r"2 .*need onnxruntime 1\.24 or newer.*1\.17\.3.*", said[0])
     assert said[1] == "4321"

@@ -184,7 +184,9 @@ void attend_squares(const AttentionTask& t) {
   const int64_t end = t.first + t.tokens;
   int64_t begin = t.window > 0 && t.first >= t.window ? t.first - t.window + 1 : 0;
   begin -= begin % kKeyBlock;
-  for (int64_t from = begin; from < end; from += kKeyBlock) {
+  for (int64_t i = 0, from = begin;; ++i) {
+    from = t.blocks ? (i < t.block_count ? t.blocks[i] * kKeyBlock : end) : begin + i * kKeyBlock;
+    if (from >= end) break;
     const int64_t count = end - from < kKeyBlock ? end - from : kKeyBlock;
     widen_block(t.keys.from(from, d), count, d, wide);
     split_keys(wide, d, bytes(keys), low_block);
