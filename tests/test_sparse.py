@@ -16,6 +16,7 @@ from edgekit.export.sparse import key_code, thresholds
 from edgekit.kernels import sparse, sparse_adamas
 from edgekit.kernels.attention import read_cache
 from edgekit.kernels.functions import function_bodies
+from edgekit.kernels.library import path_name
 
 
 def sparse_case(
@@ -82,11 +83,12 @@ def sparse_case(
     return Case("HadamardSparseAttention" + ("Int8" if int8 else ""), held, fed, attributes)
 
 
-def assert_equal(case: Case, *, threads: int = 1, tolerance: float = 2e-5) -> None:
+def assert_equal(case: Case, *, threads: int = 1) -> None:
     total = int(case.inputs["last"][0]) + 1
     y, *cache, codes, means = run_natively(case, threads=threads)
     expected, *kept, wanted_codes, wanted_means = case.reference()
-    assert_close(y, expected, tolerance, "y")
+    squares = path_name() == "amx" and case.inputs["qkv"].shape[1] > 1  # each number as two of bfloat16
+    assert_close(y, expected, 4e-5 if squares else 2e-5, "y")
     for part, wanted in zip(read_cache(cache, total), read_cache(kept, total), strict=True):
         assert_close(part, wanted, 0.03 if len(cache) == 3 else 1e-3, "keys and values: a code may differ by rounding")
     assert (codes != wanted_codes).mean() < 1e-3, "codes may differ where a level lies on an edge, by rounding"

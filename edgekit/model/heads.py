@@ -61,8 +61,8 @@ def heads_of(shapes: Mapping[str, Shape], head_dim: int, pairs: Floats | None, *
     mixed = shapes["o_proj"][1]
     if values % heads or mixed != values // heads * (queries // size):
         raise ModelError(
-            f"value heads must fit key heads: {where} has {heads} key heads, {values} value rows and {mixed} columns"
-            " that read them"
+            f"value heads must fit key heads, of which there are {heads}: "
+            + ", ".join(f"{where}.self_attn.{leaf}_proj has shape {shapes[f'{leaf}_proj']}" for leaf in "vo")
         )
     return Heads(queries // size, heads, size, values // heads, tuple(left))
 
