@@ -14,7 +14,7 @@ from edgekit.device import Device
 from edgekit.errors import UserError
 from edgekit.export.encoder import check_encoder, refuse_misfits, token_ids
 from edgekit.export.graph import Graph
-from edgekit.export.npu import OBSERVER, ROOM, compiled_record, hexagon, hide
+from edgekit.export.npu import OBSERVER, compiled_record, hexagon, hide
 from edgekit.export.record import write_manifest
 from edgekit.export.rounded import Rounding
 from edgekit.export.static_encoder import build_static_encoder
@@ -26,6 +26,7 @@ from edgekit.runtime.providers import Choice
 from edgekit.runtime.static import load_graph, padded_text
 
 TOKENS = 256  # of a text at most: a short one costs as much as a long one
+ROOM = 2  # times the range seen: the texts are few, and what is clipped costs far more than one of 16 bits
 
 
 def export_npu_encoder(
