@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny import tiny_folder, tiny_tokenizer
+from test_prune import IDS
+from tiny import tiny_folder
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
@@ -28,16 +29,6 @@ from edgekit.step import CalibrationOptions, Step
 from edgekit.tn.whitening import spectrum
 
 pytest.importorskip("torch", reason="torch is no part of the base install")
-
-LINE = "The quick brown fox jumps over the lazy dog; a small model runs on the device in your hand.\n"
-IDS = [tiny_tokenizer(384).encode(f"{number}. {LINE}").ids[:40] for number in (931, 977)]
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    text = tmp_path_factory.mktemp("text") / "book.txt"
-    text.write_text("".join(f"{number}. {LINE}" for number in range(300)))
-    return CalibrationOptions((str(text),), 12, 48)
 
 
 def changed(folder: Path, change: object) -> Checkpoint:

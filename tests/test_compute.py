@@ -23,14 +23,6 @@ from edgekit.tn.mpo_step import Mpo
 from edgekit.tn.steps import LowRank
 
 torch = pytest.importorskip("torch", reason="torch is no part of the base install")
-LINE = "The quick brown fox jumps over the lazy dog; a small model runs on the device in your hand.\n"
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    text = tmp_path_factory.mktemp("text") / "book.txt"
-    text.write_text("".join(f"{number}. {LINE}" for number in range(300)))
-    return CalibrationOptions((str(text),), 12, 48)
 
 
 @pytest.fixture(scope="module")

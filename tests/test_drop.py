@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_prune import IDS, LINE, divergence, pruned
+from test_prune import IDS, divergence, pruned
 from tiny import tiny_folder
 
 from edgekit.checkpoint import Checkpoint
@@ -19,13 +19,6 @@ from edgekit.model.reference import forward
 from edgekit.model.sources import open_model
 from edgekit.prune.steps import Planned
 from edgekit.step import CalibrationOptions
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    text = tmp_path_factory.mktemp("text") / "book.txt"
-    text.write_text("".join(f"{number}. {LINE}" for number in range(300)))
-    return CalibrationOptions((str(text),), 12, 48)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_prune import LINE, divergence, pruned
+from test_prune import divergence, pruned
 from tiny import tiny_folder
 
 from edgekit.checkpoint import Checkpoint
@@ -18,13 +18,6 @@ from edgekit.merge.drop import Drop
 from edgekit.merge.layers import Merge, pairs_of
 from edgekit.model.sources import open_model
 from edgekit.step import CalibrationOptions
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    text = tmp_path_factory.mktemp("text") / "book.txt"
-    text.write_text("".join(f"{number}. {LINE}" for number in range(300)))
-    return CalibrationOptions((str(text),), 12, 48)
 
 
 @pytest.fixture(scope="module")

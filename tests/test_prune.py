@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_folder, tiny_tokenizer
+from tiny import LINE, tiny_folder, tiny_tokenizer
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
@@ -26,15 +26,7 @@ from edgekit.step import CalibrationOptions, Step
 
 pytest.importorskip("torch", reason="torch is no part of the base install")
 
-LINE = "The quick brown fox jumps over the lazy dog; a small model runs on the device in your hand.\n"
 IDS = [tiny_tokenizer(384).encode(f"{number}. {LINE}").ids[:40] for number in (931, 977)]
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    text = tmp_path_factory.mktemp("text") / "book.txt"
-    text.write_text("".join(f"{number}. {LINE}" for number in range(300)))
-    return CalibrationOptions((str(text),), 12, 48)
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,8 @@ FAMILIES = {
 }
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
+LINE = "The quick brown fox jumps over the lazy dog; a small model runs on the device in your hand.\n"
+
 
 def tiny_folder(
     path: Path,

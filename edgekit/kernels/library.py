@@ -44,7 +44,8 @@ def register(
 ) -> bool:
     """Make a session use the kernels; False when the install has none.
 
-    `activations` are the bits of activations when up to 64 tokens go through at once; with more they always have 8.
+    `activations` are the bits of activations when up to 64 tokens go through at once; with more they have 8, or are
+    bfloat16 on the path "amx".
     The session must be made before another is registered: it takes what was set last.
 
     Raises DeviceError: the library is there but cannot be loaded, or onnxruntime refuses it.

@@ -6,7 +6,8 @@
 The states x_1 ... x_T of a text's tokens become one vector as the model was trained: their mean or the first of them,
 divided by its length where the model says so. Texts run in groups of equally many tokens, so there is no padding, no
 mask, and a text's neighbours do not change its result but for one thing: in a bundle with quantised weights, the
-kernels round activations to 15 bits in runs of up to 64 tokens and to 8 bits in longer ones (docs/encoders.md).
+kernels round activations to 15 bits in runs of up to 64 tokens and to 8 bits, or with AMX to bfloat16, in longer
+ones (docs/encoders.md).
 
 A text of more tokens than the model takes is refused, unless cutting is asked for; then the result says which were cut.
 """

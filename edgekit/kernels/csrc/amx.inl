@@ -15,7 +15,8 @@ struct alignas(64) TileShapes {
 };
 
 // GCC's own intrinsics do not say which memory they read.
-using Square = uint8_t[1024];
+constexpr int64_t kSquareBytes = 16 * 64;
+using Square = uint8_t[kSquareBytes];
 inline void set_shapes(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" : : "m"(shapes)); }
 inline void release_tiles() { __asm__ volatile("tilerelease"); }
 template <int Register>
@@ -28,16 +29,19 @@ inline void store_square(float* p, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(*reinterpret_cast<Lines*>(p)) : "r"(p), "r"(stride), "i"(Register));
 }
 
-// A group of 32 columns of a tile as what the unit wants of its second operand: 16 lines of two columns of each row.
-constexpr int64_t kGroup = 16 * 64;
+// The first 16 numbers and the second 16 take turns.
+inline __m512i in_turns(__m512i numbers) {
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(turns, numbers);
+}
 
-// Columns from..to of one tile as bfloat16, in groups.
+// Columns from..to of one tile as bfloat16: each 32 are a square, 16 lines of two columns of each row, as the unit wants its
+// second operand.
 template <int Bits, Offset Kind>
 [[gnu::noinline]] void scale_tile(const Matrix& w, int64_t tile, int64_t from, int64_t to, uint8_t* out) {
   TileScales<Bits, Kind> scales(w, tile, w.steps != nullptr);
   const uint8_t* codes = w.codes + tile * w.tile_codes() + from * kLanes * Bits / 8;
-  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i byte = _mm512_set1_epi32(255);
   scales.next(from >> __builtin_ctz(static_cast<unsigned>(w.block)));
   for (int64_t column = from; column < to; column += 32) {
@@ -54,7 +58,7 @@ template <int Bits, Offset Kind>
       };
       for (int at = 0; at < 4; at += 2, out += 64) {
         const auto pair = (__m512i)_mm512_cvtne2ps_pbh(value(at + 1), value(at));
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(turns, pair));
+        _mm512_storeu_si512(out, in_turns(pair));
       }
     }
   }
@@ -73,7 +77,7 @@ template <int Bits, Offset Kind>
     load_square<2>(lower, kRow);
     load_square<3>(lower + kLanes, kRow);
   }
-  for (int64_t g = 0; g < groups; ++g, x += kGroup, tiles += kGroup) {
+  for (int64_t g = 0; g < groups; ++g, x += kSquareBytes, tiles += kSquareBytes) {
     load_square<6>(tiles, kLine);
     load_square<4>(x, kLine);
     load_square<7>(tiles + next_tile, kLine);
@@ -113,9 +117,9 @@ struct MatrixRows {
                  int64_t last, uint8_t* work) {
     if (Planes) return VectorRows::of<Bits, Kind, Planes ? Planes : 1>(w, x, end, y, stride, first, last, work);
     work += -reinterpret_cast<uintptr_t>(work) & 63;
-    constexpr int64_t kNextTile = kPanel / 32 * kGroup;
+    constexpr int64_t kNextTile = kPanel / 32 * kSquareBytes;
     auto* sums = reinterpret_cast<float*>(work + 2 * kNextTile);
-    const int64_t parts = end.gated ? 2 : 1, next_rows = x.width / 32 * kGroup;
+    const int64_t parts = end.gated ? 2 : 1, next_rows = x.width / 32 * kSquareBytes;
     set_shapes(TileShapes{});
     for (int64_t tile = parts * first; tile < parts * last; tile += 2) {
       const bool both = !end.gated && tile + 1 < last;
@@ -124,7 +128,7 @@ struct MatrixRows {
         scale_tile<Bits, Kind>(w, tile, from, to, work);
         if (both || end.gated) scale_tile<Bits, Kind>(w, tile + 1, from, to, work + kNextTile);
         for (int64_t row = 0; row < x.rows; row += kSquares * kLanes) {
-          square(x.codes + row / kLanes * next_rows + from / 32 * kGroup, next_rows, work, kNextTile, (to - from) / 32,
+          square(x.codes + row / kLanes * next_rows + from / 32 * kSquareBytes, next_rows, work, kNextTile, (to - from) / 32,
                  from == 0, sums + row * 2 * kLanes);
         }
       }
@@ -142,8 +146,8 @@ void quantize_rows(const float* x, int64_t columns, const float* norm, float eps
   for (int64_t row = first; row < last; ++row) {
     const float* in = x + row * columns;
     const float gain = norm ? gain_of(in, columns, epsilon) : 1.0f;
-    int8_t* to = out.codes + row / kLanes * (out.width / 32) * kGroup + row % kLanes * 64;
-    for (int64_t from = 0; from < out.width; from += 32, to += kGroup) {
+    int8_t* to = out.codes + row / kLanes * (out.width / 32) * kSquareBytes + row % kLanes * 64;
+    for (int64_t from = 0; from < out.width; from += 32, to += kSquareBytes) {
       Floats low, high;
       if (from + 32 <= columns) {
         low = load(in + from), high = load(in + from + kLanes);

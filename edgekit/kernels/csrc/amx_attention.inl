@@ -27,13 +27,6 @@ inline Split split(Floats a, Floats b) {
   return {high, (__m512i)_mm512_cvtne2ps_pbh(rest_b.v, rest_a.v)};
 }
 
-// The first 16 numbers and the second 16 take turns.
-inline __m512i in_turns(__m512i numbers) {
-  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(turns, numbers);
-}
-
 // Sixteen lines of sixteen words, turned about their diagonal.
 [[gnu::noinline]] void turn_square(const __m512i* in, uint8_t* out) {
   __m512i a[16], b[16];
@@ -57,8 +50,6 @@ inline __m512i in_turns(__m512i numbers) {
     _mm512_storeu_si512(out + 64 * (i + 12), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
   }
 }
-
-constexpr int64_t kSquareBytes = 1024;
 
 // Squares of the first operand with their low parts, which lie `low` bytes behind.
 template <int Product>
@@ -169,6 +160,7 @@ void attend_squares(const AttentionTask& t) {
   float* out = q + groups * d * kLanes;            // [groups][head_dim][16]
   float* maxima = out + groups * kLanes * d;       // [groups * 16]
   float* sums = maxima + groups * kLanes;
+  float* positions = sums + groups * kLanes;
   const auto bytes = [](float* p) { return reinterpret_cast<uint8_t*>(p); };
   // Low parts lie behind the high ones: half of the bytes that floats take.
   const int64_t low_block = 2 * block, low_weights = 2 * kKeyBlock * kLanes, low_q = 2 * d * kLanes;
@@ -177,6 +169,9 @@ void attend_squares(const AttentionTask& t) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t count = rows - g * kLanes < kLanes ? rows - g * kLanes : kLanes;
     split_queries(t, g * kLanes, count, bytes(q + g * d * kLanes), low_q);
+    for (int64_t row = g * kLanes; row < (g + 1) * kLanes; ++row) {
+      positions[row] = static_cast<float>(t.first + (row < rows ? row / t.heads : t.tokens - 1));
+    }
     store(maxima + g * kLanes, all(kHidden));
     store(sums + g * kLanes, zeros());
   }
@@ -193,11 +188,7 @@ void attend_squares(const AttentionTask& t) {
     widen_block(t.values.from(from, d), count, d, wide);
     split_values(wide, d, bytes(values), low_block);
     for (int64_t g = 0; g < groups; ++g) {
-      float position[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        const int64_t row = g * kLanes + r;
-        position[r] = static_cast<float>(t.first + (row < rows ? row / t.heads : t.tokens - 1));
-      }
+      const float* position = positions + g * kLanes;
       if (static_cast<float>(from) > position[kLanes - 1]) continue;  // all of it lies ahead
       four_squares(bytes(keys), low_block, bytes(q + g * d * kLanes), low_q, d / 32, false, scores);
       const Floats top = hide_and_peak(scores, load(position), from, t.window, load(maxima + g * kLanes));

@@ -225,18 +225,7 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "vec_whole.h"
-
-// Zero points are subtracted from products as floats, with the scales.
-constexpr bool kIntegerZeros = false;
-struct Zeros {};
-template <int Shift>
-inline Zeros load_zeros(const uint8_t*) {
-  return {};
-}
-inline Ints times(Zeros, const int32_t*) { return all(0); }
-
-// kPlane * high + low, exact until it is rounded.
-inline Floats joined(Ints high, Ints low) { return fma(to_float(high), all(static_cast<float>(kPlane)), to_float(low)); }
+#include "vec_float_zeros.h"
 
 }  // namespace
 }  // namespace edgekit
