@@ -94,7 +94,7 @@ RUNS = {  # each within ten minutes of one H200, with what it starts from
     run.name: run
     for run in (
         Run("int3", grids=everywhere(small_scales(3, 32)), seconds=430, rate=8e-4),
-        Run("int2", grids=everywhere(Levels(2, 32, "minimum")), rate=1.5e-3, seconds=45),
+        Run("int2", grids=everywhere(Levels(2, 32, "minimum")), rate=1.5e-3, seconds=300),
         Run("fifth", drop=ORDER[:6], table_trained=True),
         Run("fifth-int3", drop=ORDER[:6], grids=everywhere(small_scales(3, 32)), seconds=65),
         plan(65, start="int3", seconds=62, rate=3e-4),

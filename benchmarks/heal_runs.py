@@ -148,11 +148,13 @@ class Bench:
         return found
 
     def train(self, run: Run, *, only_before: bool = False) -> None:
-        """Time a few steps, then train for as many as the run's seconds hold."""
-        student = self.student(run)
-        self.note(name=run.name + " before", layers=len(student.layers), **self.measure(student))
+        """Time a few steps, then train for as many as the run's seconds hold. Before: the state of the source's weights,
+        whatever the run starts from."""
+        before = self.student(replace(run, start=""))
+        self.note(name=run.name + " before", start="", layers=len(before.layers), **self.measure(before))
         if only_before:
             return
+        student = self.student(run)
         pace = self.pace(student, run)
         steps = max(20, int(run.seconds * pace / (run.batch * WINDOW)))
         print(f"{run.name}: {pace:.0f} tokens/s, {steps} steps", flush=True)

@@ -61,7 +61,7 @@ def slow_changes(a: Any, b: Any, right: Any) -> list[float]:
         return sums[at] - max(value for index, value in enumerate(sums) if index != at)
 
     moved = [margin(y, at) - margin(x, at) for x, y, at in zip(a, b, right, strict=True) if len(x) > 1]
-    scale = float(np.std(moved))
+    scale = math.sqrt(sum(value**2 for value in moved) / len(moved))
 
     def count(sums: Any, at: int) -> float:
         if len(sums) == 1:
@@ -79,6 +79,16 @@ def test_smooth_changes_are_those_of_the_formula() -> None:
     right = [int(rng.integers(size)) for size in sizes]
     assert smooth_changes(a, b, right) == pytest.approx(slow_changes(a, b, right))
     assert smooth_changes(b, a, right) == pytest.approx(-smooth_changes(a, b, right))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30))
+def test_exchanging_the_models_on_one_question_turns_its_sign_and_nothing_else(seed: int, items: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (-9 * rng.random((items, 4)) for _ in "ab")
+    right, turned = rng.integers(4, size=items).tolist(), rng.random(items) < 0.5
+    c, d = np.where(turned[:, None], b, a), np.where(turned[:, None], a, b)
+    found = smooth_changes(c.tolist(), d.tolist(), right)
+    assert found == pytest.approx(np.where(turned, -1, 1) * smooth_changes(a.tolist(), b.tolist(), right))
 
 
 @pytest.mark.filterwarnings("error")

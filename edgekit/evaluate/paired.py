@@ -12,11 +12,12 @@ lower end of the one-sided 95% interval of d lies above -x.
 A flip is an answer whose rightness changed, a change any other choice than before: both can be many where d is 0, and
 many flips hide a small d. So there is a sharper test of whether B is worse. Instead of 1 or 0 an answer counts
 
-    exp(l_right / T) / sum over the choices of exp(l / T),   T = deviation of the changes of l_right - (largest other l)
+    exp(l_right / T) / sum over the choices of exp(l / T),   T = root mean square change of l_right - (largest other l)
 
 where l are the choices' log-likelihoods: T is how much the two models differ on one question, so that an answer near a
-tie, which flips by chance, counts nearly the same under both. Of models that are alike the mean difference is 0, and
-`t_test` of it has false alarms once in twenty, as McNemar's test would have at most.
+tie, which flips by chance, counts nearly the same under both. Exchanging the two models on one question turns the sign
+of that question's change and nothing else, T included; so of models that are alike every change is as likely up as
+down, and `t_test` of their mean has false alarms once in twenty, as McNemar's test would have at most.
 Source: M. Fagerland, S. Lydersen, P. Laake, The McNemar test for binary matched-pairs data, 2013; A. Agresti, Y. Min,
 Simple improved confidence intervals for comparing matched proportions, 2005; A. Dutta et al., Accuracy is Not All You
 Need, 2024 (flips).
@@ -134,7 +135,7 @@ def smooth_changes(
     others[rows, right] = -np.inf
     with np.errstate(invalid="ignore"):  # a single choice has no other
         moved = (y[rows, right] - (y + others).max(1)) - (x[rows, right] - (x + others).max(1))
-    spread = float(moved[~single].std()) if not single.all() else 0.0
+    spread = float(np.sqrt(np.mean(moved[~single] ** 2))) if not single.all() else 0.0
     scale = np.where(single, 1.0, max(spread, 1e-9))[:, None]
     counts = []
     for values in (x, y):
