@@ -148,8 +148,10 @@ class Bench:
         return found
 
     def train(self, run: Run, *, only_before: bool = False) -> None:
-        """Time a few steps, then train for as many as the run's seconds hold. Before: the state of the source's weights,
-        whatever the run starts from."""
+        """Time a few steps, then train for as many as the run's seconds hold.
+
+        "Before" is the state of the source's own weights, whatever the run starts from.
+        """
         before = self.student(replace(run, start=""))
         self.note(name=run.name + " before", start="", layers=len(before.layers), **self.measure(before))
         if only_before:

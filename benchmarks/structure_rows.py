@@ -2,13 +2,15 @@
 
 The share is that of the decoder's 106.2 million parameters; three and six of thirty layers are 10 % and 20 % of them.
 
+    mixture            the planned mixture: neurons first, then ranks of what is left, both by measured sensitivity
     planned            heads and neurons against each other, by measured sensitivity (`prune.planned`)
     neurons            planned over the layers, 4/3 of the share since the MLPs are three quarters
     dropped            layers of least influence (ShortGPT), without repair and with
     merged             pairs of highest NPIB (MKA), without repair and with
     dropped alike      the layers that merging takes away, dropped: the control for merging
     plain SVD          the same share of each matrix, truncated without looking at what it reads
-    whitened SVD       the same in the metric of the inputs; planned ranks: by measured sensitivity
+    whitened SVD       the same in the metric of the inputs; planned ranks: by measured sensitivity;
+                       following: and each matrix corrected for what the ones before it lost
     MPO                two sites, refined by least squares on the inputs
 
     50 MB, 60 MB       bits for each matrix within the size (`quant.mixed`), of the planned model or, at 0 %, the source
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import shutil
 import sys
@@ -47,16 +50,19 @@ from edgekit.recipe import Recipe
 from edgekit.step import CalibrationOptions, Step
 from edgekit.tn.mpo_step import Mpo
 from edgekit.tn.steps import LowRank
+from edgekit.weight import stored_parts
 
 MODEL_NAME = "smollm2-135m"
 WINDOW = 1024
 LAYERS = {10: 3, 20: 6}
 TEXTS = ("wikipedia_sample.txt.gz", "c4_calibration.jsonl.gz")
 CHAINS = (  # of rows: those of one chain are measured one after another, the longest chains first
+    ("mixture",),
     ("planned",),
     ("neurons",),
     ("MPO",),
     ("planned ranks",),
+    ("planned ranks, following",),
     ("merged", "merged, repaired", "dropped alike"),
     ("dropped, repaired",),
     ("whitened SVD",),
@@ -64,11 +70,17 @@ CHAINS = (  # of rows: those of one chain are measured one after another, the lo
     ("dropped",),
 )
 FRESH = 24  # the first window that nothing was picked on
+FOLLOW = 0.3
+MIXTURES: dict[int, tuple[float, float, float]] = {  # what neurons take of the share, `follow` of neurons and of ranks
+    10: (0.35, FOLLOW, 0.0),
+    20: (0.5, 0.0, FOLLOW),  # picked on windows 1 to 24 among 0.35, 0.5, 0.65 and, at 0.5, which of the two follows
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one share: seconds of work, perplexity on the first windows and on as many fresh ones."""
+    """One way at one share: seconds of work, perplexity on the first windows and on as many fresh ones. `parameters`:
+    what is left in the decoder's layers, 0 where a row was measured before it was counted."""
 
     name: str
     percent: int
@@ -79,6 +91,7 @@ class Row:
     fresh: float
     options: dict[str, Any]
     machine: str = ""
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +136,9 @@ def measured(store: Store, name: str, percent: int, work: Work) -> Row:
     else:
         checkpoint = model_of(store, name, percent, work)
     seconds = time.perf_counter() - started
-    options = checkpoint.manifest.steps[-1].options if checkpoint.manifest else {}
-    row = scored(name, percent, checkpoint, work, seconds, dict(options))
+    made = [dict(step.options) for step in checkpoint.manifest.steps] if checkpoint.manifest else [{}]
+    options = made[-1] if name != "mixture" else {"steps": made}
+    row = scored(name, percent, checkpoint, work, seconds, options)
     if name not in ("source", "planned"):
         shutil.rmtree(store.folder / f"{name} {percent} {work.samples}")
     return store.keep(row)
@@ -133,7 +147,15 @@ def measured(store: Store, name: str, percent: int, work: Work) -> Row:
 def scored(name: str, percent: int, checkpoint: Checkpoint, work: Work, seconds: float, options: dict[str, Any]) -> Row:
     """The row of a model."""
     losses = [window_loss(checkpoint, cut(work.ids, first, work.windows), work.compute) for first in (0, FRESH)]
-    return Row(name, percent, work.samples, work.windows, seconds, *losses, options, machine(work.compute))
+    at, left = machine(work.compute), parameters(checkpoint)
+    return Row(name, percent, work.samples, work.windows, seconds, *losses, options, at, left)
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in the matrices of the decoder's layers; of a factored one those of its factors."""
+    blocks = (checkpoint.read_block(f"layers.{index}") for index in range(checkpoint.decoder.layers))
+    weights = (item for block in blocks for item in block.matrices.items())
+    return sum(math.prod(part.shape) for item in weights for _, part in stored_parts(*item))
 
 
 def measured_beside(store: Store, chains: Sequence[tuple[tuple[str, ...], int]], work: Work, *, jobs: int) -> None:
@@ -156,8 +178,9 @@ def model_of(store: Store, name: str, percent: int, work: Work) -> Checkpoint:
         return open_checkpoint(folder)
     start = model_of(store, "planned", percent, work) if name.endswith("MB") and percent else None
     known, made = store.find(name, percent, work), steps(store, name, percent, work)
-    if known is not None and known.options.get("plan"):
-        made = (dataclasses.replace(made[0], plan=tuple(known.options["plan"])),)  # type: ignore[type-var]
+    if known is not None and (known.options.get("plan") or known.options.get("steps")):
+        plans = [tuple(options["plan"]) for options in known.options.get("steps", [known.options])]
+        made = tuple(dataclasses.replace(step, plan=plan) for step, plan in zip(made, plans, strict=True))  # type: ignore[type-var]
     if known is not None and name == "dropped":
         made = (Drop(layers=tuple(known.options["layers"]), repair=0.0),)
     return compressed(folder, *made, samples=work.samples, source=start, compute=work.compute)
@@ -178,6 +201,10 @@ def steps(store: Store, name: str, percent: int, work: Work) -> tuple[Step, ...]
     if name.endswith(" MB"):
         return (Mixed(target_mb=float(name.removesuffix(" MB"))),)
     share, count = percent / 100, LAYERS[percent]
+    if name == "mixture":
+        part, follows, ranks_follow = MIXTURES[percent]
+        pruned = Neurons(remove=round(share * part * 4 / 3, 6), follow=follows)
+        return pruned, LowRank(budget=(1 - share) / (1 - share * part), multiple=16, follow=ranks_follow)
     if name in ("merged, repaired", "dropped alike"):
         merged = store.find("merged", percent, work)
         assert merged is not None, "merging comes first: it says which layers"
@@ -192,6 +219,7 @@ def steps(store: Store, name: str, percent: int, work: Work) -> tuple[Step, ...]
         "plain SVD": LowRank(keep=1 - share, multiple=1, whiten=False),
         "whitened SVD": LowRank(keep=1 - share, multiple=1),
         "planned ranks": LowRank(budget=1 - share, multiple=16),
+        "planned ranks, following": LowRank(budget=1 - share, multiple=16, follow=FOLLOW),
         "MPO": Mpo(keep=1 - share),
     }
     return (table[name],)
