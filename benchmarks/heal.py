@@ -49,7 +49,7 @@ PRODUCTS = {"65MB": (65, 17.2), "60MB": (60, 19), "53MB": (53, 22), "45MB": (45,
 PARTS = ("layers", "products", "recorded")
 OPTIMIZERS = ("adamw", "muon", "mano", "mano-v2")
 RECIPE = 'name = "int3"\n[[step]]\nuse = "quant.int3"\n'
-RATE = 3e-4  # of the layer-wise part
+RATE = 3e-3  # of the layer-wise part
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Benchmark("heal")
     if "layers" in options.only:
-        layer_wise(bench, windows=4 if options.quick else 24, steps=15 if options.quick else 40)
+        layer_wise(bench, windows=4 if options.quick else 24, steps=15 if options.quick else 36)
     if "products" in options.only and options.products is not None:
         products(bench, options.products, windows=4 if options.quick else 24)
     if "recorded" in options.only:

@@ -229,7 +229,10 @@ def test_the_original_runs_beside(checkpoint: Checkpoint, text: Path, tmp_path: 
     same = inputs.statistics(block, module)
     assert same.cross is not None
     assert same.drift is not None
-    np.testing.assert_allclose(same.cross, same.gram, rtol=1e-6)
+    lengths = np.sqrt(np.diag(same.gram))  # a float32 product is off by so much of them, also where it cancels
+    np.testing.assert_allclose(
+        same.cross / lengths / lengths[:, None], same.gram / lengths / lengths[:, None], atol=1e-6
+    )
     assert (same.drift == 0).all()
     moved = changed(block, "self_attn.o_proj")
     found = inputs.statistics(moved, module)
