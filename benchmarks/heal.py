@@ -49,7 +49,6 @@ PRODUCTS = {"65MB": (65, 17.2), "60MB": (60, 19), "53MB": (53, 22), "45MB": (45,
 PARTS = ("layers", "products", "recorded")
 OPTIMIZERS = ("adamw", "muon", "mano", "mano-v2")
 RECIPE = 'name = "int3"\n[[step]]\nuse = "quant.int3"\n'
-RATE = 3e-3  # of the layer-wise part
 
 
 def main() -> None:
@@ -85,7 +84,7 @@ def layer_wise(bench: Benchmark, *, windows: int, steps: int) -> None:
         found = [perplexity(teacher, test, device), perplexity(student, test, device)]
         corpus = load([data("heal/textbooks.jsonl.gz")], small, length=256, held_out=32, seed=0).train
         began = time.perf_counter()
-        heal_layers(student, teacher, corpus, steps=steps, rate=RATE)
+        heal_layers(student, teacher, corpus, steps=steps, rate=Options().layer_rate)
         seconds = time.perf_counter() - began
         found.append(perplexity(student, test, device))
     for name, value in zip(("source", "3 bits", "3 bits, healed layer by layer"), found, strict=True):

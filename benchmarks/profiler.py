@@ -106,7 +106,7 @@ def overhead(bench: Benchmark, bundle: Path, quick: bool) -> None:
     Two estimates. Directly: profiled over plain; noise of a shared machine is larger than what it costs. And by the
     dose: with the sensor read `MORE_OFTEN` times as often the cost is plain, and a profile's is that share of it.
     """
-    rounds = 16 if quick else 32
+    rounds = 16 if quick else 96
     done = _run([*WORK, "overhead", str(bundle), str(rounds), str(MORE_OFTEN)])
     for phase, ways in json.loads(done).items():
         plain, profiled, often = (_pairs(seconds) for seconds in ways)

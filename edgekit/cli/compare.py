@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @click.argument("b", type=click.Path(path_type=Path))
 @click.argument("more", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Compare also reports of different machines.")
-@click.option("--blocks", default=8, show_default=True, help="Of bundles: how often their processes start anew.")
+@click.option("--blocks", default=12, show_default=True, help="Of bundles: how often their processes start anew.")
 @click.option("--prompt", type=int, help="Of bundles: tokens of the prompt.  [default: 128]")
-@click.option("--generate", type=int, help="Of bundles: tokens to generate.  [default: 32]")
+@click.option("--generate", type=int, help="Of bundles: tokens to generate.  [default: 16]")
 @click.option("--threads", type=int, help="Of bundles; default: the cores that this machine has for it.")
 @json_option
 def compare(

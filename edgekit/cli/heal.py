@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option("--embedding-bits", type=int, default=0, show_default=True, help="The same for table and head.")
 @click.option("--layer-steps", type=int, default=0, show_default=True, help="Steps for each layer alone, before.")
+@click.option("--layer-rate", type=float, default=3e-3, show_default=True, help="The learning rate of those steps.")
 @click.option("--patience", type=int, default=0, help="Stop after so many measurements without a better one.")
 @click.option(
     "--sharding", type=click.Choice(["ddp", "fsdp"]), default="ddp", show_default=True, help="Under torchrun."

@@ -52,7 +52,7 @@ class Options:
     bits        of float matrices in the layers: 0 leaves them float; `embedding_bits` the same for table and head;
                 `block`, `offset` and `scales` are those of both
     embedding   whether the values of table and head are trained too
-    layer_steps steps for each layer alone, before all are trained together (0: none)
+    layer_steps steps for each layer alone, before all are trained together (0: none), at the rate `layer_rate`
     """
 
     steps: int = 200
@@ -83,6 +83,7 @@ class Options:
     scales: Scales = "float16"
     embedding_bits: int = 0
     layer_steps: int = 0
+    layer_rate: float = 3e-3
     precision: Precision = "auto"
     recompute: bool = False
     sharding: Sharding = "ddp"
@@ -101,6 +102,8 @@ class Options:
                 f"adapter_rank must be at least 1 and layer_steps 0 or more: got {self.adapter_rank} and"
                 f" {self.layer_steps}"
             )
+        if not 0 < self.layer_rate < math.inf:
+            raise UserError(f"layer_rate must be above 0 and finite: got {self.layer_rate}")
         for bits in (self.bits, self.embedding_bits):
             if bits:
                 Levels(bits, self.block, self.offset, self.scales)
@@ -172,7 +175,7 @@ def heal(
             if original is None:
                 raise UserError("healing layer by layer needs a teacher: name one, or set layer_steps to 0")
             on_stage("healing layer by layer")
-            heal_layers(model, original, data.train, steps=options.layer_steps, rate=options.learning_rate)
+            heal_layers(model, original, data.train, steps=options.layer_steps, rate=options.layer_rate)
         trainer = Trainer(
             model, original, data, options.training(), device=device, group=group, compiled=device.type == "cuda"
         )

@@ -34,7 +34,7 @@ from edgekit.profile.compare import LEAST_PAIRS, Pairs, Verdict, judge_pairs
 from edgekit.profile.latency import generate, prefill, wake
 from edgekit.runtime.session import Session
 
-BLOCKS, TURNS = 8, 2
+BLOCKS, TURNS = 12, 2
 PROMPT, ANSWER = 128, 16
 FIGURES = ("prefill", "decode")  # both in tokens a second
 
