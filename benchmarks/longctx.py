@@ -38,9 +38,9 @@ from edgekit.evaluate.needles import load_needles, search
 from edgekit.evaluate.perplexity import log_likelihoods
 from edgekit.evaluate.text import read_text
 from edgekit.export.export import export, open_tokenizer
-from edgekit.export.native import CacheType
 from edgekit.export.sparse import SparseOptions
 from edgekit.export.targets import find_target, host_target
+from edgekit.kernels.opset import CacheType
 from edgekit.model.builtin import fetch_builtin
 from edgekit.model.sources import open_model
 from edgekit.recipe import load_recipe

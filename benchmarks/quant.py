@@ -6,6 +6,7 @@ which can run alone (`--only`):
     source      the source by transformers in torch and by our float32 export, which must agree; recipes as they come
     product     the plain model at file sizes (model.onnx and model.onnx.data) from 60 to 97 MB, through this machine's
                 bundle; bits by sensitivity, one survey for all sizes, no healing
+    cache       keys and values in float16, 8 and 4 bits, through this machine's bundle of the codes that the file has
     peers       llama.cpp's own quants of the same GGUF file, made and run by llama.cpp (a GGUF holds its vocabulary,
                 too: about 2 MB); with product, ours must be below the best of them at every size or smaller
     rotated     the rotated model, all linears on the grid, table and head float: its weights lie on no grid before.
@@ -36,7 +37,7 @@ import numpy as np
 from common import Benchmark, arguments, data
 from perplexities import WINDOW, llama_perplexity, quantised_by_llama, torch_perplexity, view_perplexity
 
-from edgekit.bundle import MODEL
+from edgekit.bundle import MODEL, Bundle
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.evaluate.perplexity import perplexity
@@ -44,6 +45,7 @@ from edgekit.evaluate.scorer import Scorer, open_scorer
 from edgekit.evaluate.text import read_text
 from edgekit.export.export import export
 from edgekit.export.targets import find_target, host_target
+from edgekit.kernels.opset import CACHES
 from edgekit.model.builtin import fetch_builtin
 from edgekit.model.sources import open_model
 from edgekit.quant.gptq import Metric, damped, gptq, output_error, restored
@@ -59,6 +61,7 @@ PEERS = (  # of llama.cpp: name, pure
     *(("Q4_K_M", False), ("Q3_K_M", False), ("Q4_0", False), ("IQ4_NL", True), ("Q4_0", True), ("Q3_K_S", True)),
     *(("Q2_K", False), ("Q2_K", True)),
 )
+CACHE_LOSS = {"int8": 0.5, "int4": 5.0}  # percent
 RECOVERED = {4: 65.0, 3: 70.0}  # percent, the best combination; gptq alone half
 GRAM_LAYER = "model.layers.7.mlp.up_proj"
 
@@ -181,6 +184,21 @@ class Surveyed(Mixed):
         return Mixed(**options).planned(table)
 
 
+def cache(run: Run) -> None:
+    checkpoint = run.checkpoint("lossless", lambda: load_recipe("lossless"))
+    found, bytes_of = {}, {}
+    for kept in CACHES:
+        bundle = run.folder / f"cache {kept}"
+        if not bundle.exists():
+            export(checkpoint, bundle, target=find_target(host_target()), cache=kept)
+        bytes_of[kept] = Bundle.open(bundle).spec.token_bytes
+        with open_scorer(str(bundle)) as scorer:
+            found[kept] = run.measure(f"lossless, cache in {kept}", scorer, f"{bytes_of[kept]} bytes a token")
+    for kept, bound in CACHE_LOSS.items():
+        loss = 100 * (found[kept] / found["float16"] - 1)
+        run.bench.at_most(f"cache in {kept}: loss of perplexity, %", loss, bound)
+
+
 def peers(run: Run) -> None:
     gguf = fetch_builtin(MODEL_NAME)
     tokens = run.tokens(run.windows)
@@ -288,6 +306,7 @@ def work(run: Run) -> None:
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "source": source,
     "product": product,
+    "cache": cache,
     "peers": peers,
     "rotated": rotated,
     "solver": solver,

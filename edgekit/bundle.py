@@ -79,7 +79,7 @@ class DecoderSpec:
 
     `resident_bytes` is what the weights take in memory once they are loaded, `activation_bytes` what one token's
     activations take. `operators` says whose the graph's are: with "edgekit" the kernel library is registered where
-    there is one, and the cache is float16, or int8 with a float16 scale for each row; "stock" graphs keep it in
+    there is one, and the cache is float16, or int8 or int4 with a float16 scale for each row; "stock" graphs keep it in
     float32. `budget` is how many positions a token
     attends to exactly in sparse layers, unless the session asks for another number. `static` is there where the graphs
     have fixed shapes. `decode_threads` is how many threads read memory best on the device that it was exported for.
@@ -98,12 +98,12 @@ class DecoderSpec:
     budget: int | None = None
     static: StaticGraphs | None = None
     decode_threads: int | None = None
-    cache: Literal["float", "int8"] = "float"
+    cache: Literal["float", "int8", "int4"] = "float"
     activations: Literal[8, 15] = 15
 
     def __post_init__(self) -> None:
-        if self.cache == "int8" and (self.operators != "edgekit" or self.static is not None):
-            raise ModelError(f"a cache in 8 bits must come with our operators: these are {self.operators}")
+        if self.cache != "float" and (self.operators != "edgekit" or self.static is not None):
+            raise ModelError(f"a cache in {self.cache} must come with our operators: these are {self.operators}")
         if self.sparse != (self.budget is not None) or (self.budget is not None and self.budget < 1):
             raise ModelError(
                 f"a budget of at least 1 must come with sparse layers, and with them alone: got {self.budget}"
@@ -124,8 +124,8 @@ class DecoderSpec:
         """The element type of keys and values."""
         if self.static is not None:
             return np.dtype(self.static.cache)
-        if self.cache == "int8":
-            return np.dtype(np.int8)
+        if self.cache != "float":
+            return np.dtype(np.int8 if self.cache == "int8" else np.uint8)
         return np.dtype(np.float16 if self.operators == "edgekit" else np.float32)
 
     @property
@@ -135,10 +135,11 @@ class DecoderSpec:
 
     def cache_parts(self, layer: LayerCache, tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of what the graph keeps of a layer for `tokens` tokens, which the third axis counts."""
-        rows = (1, layer.kv_heads, tokens, layer.head_dim)
+        width = layer.head_dim // 2 if self.cache == "int4" else layer.head_dim
+        rows = (1, layer.kv_heads, tokens, width)
         parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         parts["key"] = parts["value"] = (rows, self.cache_type)
-        if self.cache == "int8":
+        if self.cache != "float":
             parts["scales"] = ((1, 2 * layer.kv_heads, tokens), np.dtype(np.float16))
         if layer.sparse:
             parts["codes"] = (layer.code_shape(tokens), np.dtype(np.uint8))

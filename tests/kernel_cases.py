@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit import cache_rows
 from edgekit.kernels import attention, reference
 from edgekit.kernels.library import choose_path, known_paths, library_path, path_name, register
 from edgekit.kernels.opset import DOMAIN, OPS, VERSION
@@ -40,6 +41,8 @@ REFERENCE = {
     "NormAttention": attention.norm_attention,
     "AttentionInt8": attention.attention_int8,
     "NormAttentionInt8": attention.norm_attention_int8,
+    "AttentionInt4": attention.attention_int4,
+    "NormAttentionInt4": attention.norm_attention_int4,
     "HadamardSparseAttention": attention.hadamard_sparse_attention,
     "HadamardSparseAttentionInt8": attention.hadamard_sparse_attention_int8,
 }
@@ -279,7 +282,7 @@ def attention_case(
     head_dim: int = 16,
     window: int = -1,
     normed: bool = False,
-    int8: bool = False,
+    bits: Literal[16, 8, 4] = 16,
     spare: int = 5,
     seed: int = 0,
 ) -> Case:
@@ -295,12 +298,12 @@ def attention_case(
         "past_value": past[1],
         "last": np.array([total - 1], np.int32),
     }
-    if int8:
-        fed |= int8_cache(past[0], past[1])
+    if bits < 16:
+        fed |= whole_cache(past[0], past[1], bits)
     held = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
     attributes |= {"head_dim": head_dim, "local_window_size": window}
-    suffix = "Int8" if int8 else ""
+    suffix = f"Int{bits}" if bits < 16 else ""
     if not normed:
         return Case(f"Attention{suffix}", held, fed, attributes)
     for name in ("q_norm", "k_norm"):
@@ -308,9 +311,9 @@ def attention_case(
     return Case(f"NormAttention{suffix}", held, fed, {**attributes, "epsilon": 1e-6})
 
 
-def int8_cache(keys: Array, values: Array) -> dict[str, Array]:
-    """A float16 cache (1, kv_heads, S, head_dim) in 8 bits, as inputs."""
-    rows = [reference.round_rows(part.astype(np.float32)) for part in (keys, values)]
+def whole_cache(keys: Array, values: Array, bits: Literal[8, 4]) -> dict[str, Array]:
+    """A float16 cache (1, kv_heads, S, head_dim) in 8 or 4 bits, as inputs."""
+    rows = [cache_rows.keep(part.astype(np.float32), bits) for part in (keys, values)]
     scales = np.concatenate([scales for _, scales in rows], axis=1)
     return {"past_key": rows[0][0], "past_value": rows[1][0], "past_scales": scales}
 

@@ -41,7 +41,7 @@ LAYERS = {
     "core": Layer("__init__ errors folder schema manifest report device host", "", "rich"),
     "bundle": Layer("bundle", "core", "numpy"),
     "heatmap": Layer("heatmap", "core", "numpy matplotlib"),
-    "weight": Layer("weight", "core", "numpy"),
+    "weight": Layer("weight cache_rows", "core", "numpy"),
     "kernels": Layer("kernels", "core bundle weight", "numpy onnxruntime"),
     "profile": Layer("profile", "core bundle kernels runtime", "numpy onnxruntime tokenizers"),
     "runtime": Layer("runtime", "core bundle weight kernels profile", "numpy onnxruntime tokenizers jinja2"),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Case, assert_close, every_path, int8_cache, needs_library, open_session, run_natively
+from kernel_cases import Case, assert_close, every_path, needs_library, open_session, run_natively, whole_cache
 from numpy.typing import NDArray
 
 from edgekit.bundle import LayerCache
+from edgekit.cache_rows import hadamard
 from edgekit.export.sparse import key_code, thresholds
 from edgekit.kernels import sparse, sparse_adamas
 from edgekit.kernels.attention import read_cache
@@ -52,7 +53,7 @@ def sparse_case(
     center, encoder, decoder = map(np.stack, zip(*found, strict=True))
     codes = np.zeros(LayerCache(kv_heads, head_dim).code_shape(context), np.uint8)
     means = np.zeros(LayerCache(kv_heads, head_dim).mean_shape(context), np.uint8)
-    kept = int8_cache(keys[None], values[None]) if int8 else {"past_key": keys[None], "past_value": values[None]}
+    kept = whole_cache(keys[None], values[None], 8) if int8 else {"past_key": keys[None], "past_value": values[None]}
     _, stored = read_cache(list(kept.values()), first)
     for head in range(kv_heads):
         old = keys[head, :first].astype(np.float32)
@@ -293,8 +294,8 @@ def test_codes_come_back_from_their_tiles(first: int, count: int, head_dim: int)
 def test_the_transform_keeps_products() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 5, 64)).astype(np.float32)
-    np.testing.assert_allclose((sparse.hadamard(a) * sparse.hadamard(b)).sum(-1), (a * b).sum(-1), atol=1e-4)
-    assert np.abs(sparse.hadamard(sparse.hadamard(a)) - a).max() < 1e-6
+    np.testing.assert_allclose((hadamard(a) * hadamard(b)).sum(-1), (a * b).sum(-1), atol=1e-4)
+    assert np.abs(hadamard(hadamard(a)) - a).max() < 1e-6
 
 
 @pytest.mark.parametrize(

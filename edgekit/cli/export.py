@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli.terminal import json_option, output, print_json, stages
 from edgekit.errors import UserError
+
+if TYPE_CHECKING:
+    from edgekit.kernels.opset import CacheType
 
 
 @click.command(short_help="Turn a model into a bundle that runs.")
@@ -28,9 +31,9 @@ from edgekit.errors import UserError
 )
 @click.option(
     "--cache",
-    type=click.Choice(["float16", "int8"]),
+    type=click.Choice(["float16", "int8", "int4"]),
     default="float16",
-    help="What keys and values are kept in: int8 takes half the memory.",
+    help="What keys and values are kept in: int8 takes half the memory, int4 a quarter and is less exact.",
 )
 @click.option(
     "--prefill",
@@ -62,7 +65,7 @@ def export(
     context: int | None,
     rope_scaling: str | None,
     attention: str,
-    cache: Literal["float16", "int8"],
+    cache: CacheType,
     prefill: str,
     budget: int | None,
     dense_below: int | None,
@@ -111,7 +114,7 @@ def export(
     with stages("opening the model", quiet=as_json) as tell:
         checkpoint = open_model(model, progress=tell)
         if is_encoder(checkpoint.config):
-            if cache == "int8":
+            if cache != "float16":
                 raise UserError("--cache is for decoders: an encoder keeps nothing between texts")
             if context is not None:
                 raise UserError("--context is for decoders: an encoder takes texts as long as it was trained for")
@@ -130,8 +133,8 @@ def export(
                     checkpoint, folder, target=goal, force=force, accept_drift=accept_drift, on_progress=tell
                 )
         elif goal.provider:
-            if sparse is not None or rope_scaling is not None or cache == "int8":
-                raise UserError("--attention sparse, --cache int8 and --rope-scaling are not for an NPU")
+            if sparse is not None or rope_scaling is not None or cache != "float16":
+                raise UserError("--attention sparse, --cache and --rope-scaling are not for an NPU")
             manifest = export_npu(
                 checkpoint,
                 folder,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from edgekit.bundle import MODEL, SPEC, WEIGHTS, DecoderSpec
@@ -18,8 +19,8 @@ from edgekit.device import Device, load_device
 from edgekit.errors import ModelError, UserError
 from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
-from edgekit.export.native import CacheType, build_native_decoder, runs_natively
-from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, DriftError, check_parity, most_sensitive
+from edgekit.export.native import build_native_decoder, runs_natively
+from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, DriftError, check_parity, divergence, most_sensitive
 from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyCode, SparseOptions, calibrate, written_text
 from edgekit.export.starter import add_starter
@@ -28,9 +29,11 @@ from edgekit.export.targets import Target
 from edgekit.folder import new_folder
 from edgekit.host import host_device
 from edgekit.kernels.library import library_path, status
+from edgekit.kernels.opset import CacheType
+from edgekit.kernels.pack import LANES
 from edgekit.manifest import Manifest
 from edgekit.model.config import stretched
-from edgekit.model.reference import Kept
+from edgekit.model.reference import Kept, forward
 from edgekit.report import Measurement
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.fit import fit as predict
@@ -83,11 +86,12 @@ def export(
     if not 0 < longest <= config.context_length:
         raise UserError(f"--context must be from 1 to the model's {config.context_length}: got {context}")
     refuse_overlap(checkpoint, output)
-    original = checkpoint
-    checkpoint, decided = contracted(checkpoint, device or (load_device(target.device) if target.device else None))
+    original, ours = checkpoint, target.native and library_path() is not None
+    machine = device or (load_device(target.device) if target.device else None)
+    checkpoint, decided = contracted(checkpoint, machine, native=ours)
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
-        native = target.native and library_path() is not None and runs_natively(checkpoint)
+        native = ours and runs_natively(checkpoint)
         if activations == 8 and not native:
             raise UserError(
                 f"--activations 8 is for our operators: the model must be quantised, the target native ({target.name})"
@@ -98,11 +102,19 @@ def export(
                 f"sparse attention needs our operators: the model must be quantised, the target native ({target.name})"
                 f" and the kernels installed ({status()})"
             )
-        if cache == "int8" and not native:
+        if cache != "float16" and not native:
             raise UserError(
-                f"a cache in 8 bits needs our operators: the model must be quantised, the target native ({target.name})"
+                f"--cache {cache} needs our operators: the model must be quantised, the target native ({target.name})"
                 f" and the kernels installed ({status()})"
             )
+        if cache == "int4":
+            if sparse is not None:
+                raise UserError("a cache in 4 bits is for dense attention: sparse attention takes float16 or int8")
+            if config.head_dim % (2 * LANES):
+                raise UserError(
+                    f"a cache in 4 bits needs heads of a multiple of {2 * LANES} channels: the model's have"
+                    f" {config.head_dim}; pass --cache int8"
+                )
         if sparse is not None:
             if config.sliding_window:
                 raise UserError("sparse attention needs attention to the whole context: the model has a sliding window")
@@ -129,7 +141,7 @@ def export(
             operators="edgekit" if native else "stock",
             budget=sparse.budget if sparse else None,
             decode_threads=device.decode_threads if device else None,
-            cache="int8" if cache == "int8" else "float",
+            cache="float" if cache == "float16" else cache,
             activations=activations,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
@@ -138,7 +150,7 @@ def export(
         on_progress("checking it against the NumPy forward")
         check = functools.partial(
             _check,
-            original,
+            checkpoint,
             folder,
             spec,
             products=_products(checkpoint, target, native=native and activations == 15),
@@ -153,10 +165,13 @@ def export(
             build = functools.partial(
                 build_decoder, checkpoint, folder, context=longest, integer_bits=target.integer_bits
             )
-            measured = _fall_back(original, build, check)
+            measured = _fall_back(checkpoint, build, check)
         if rope_scaling is not None:
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
+        if checkpoint is not original:
+            on_progress("measuring what was multiplied out")
+            measured = (*measured, _moved(original, checkpoint))
         measured = (*measured, *decided)
         if target.arch == "aarch64":
             on_progress("packing what starts it on the device")
@@ -228,9 +243,17 @@ def _check(
     bounds = BOUNDS[products]
     if accept_drift:
         bounds = Bounds(kl=float("inf"), agreement=0.0)
-    kept: Kept = "int8" if spec.cache == "int8" else "float16"
+    kept: Kept = "float16" if spec.cache == "float" else spec.cache
     parity = check_parity(checkpoint, engine, sequences, bounds=bounds, cache=kept)
     return (*parity, sentence(engine, tokenizer, sequences[0]))
+
+
+def _moved(original: Checkpoint, contracted: Checkpoint) -> Measurement:
+    """How far the model with products in place of factors is from the one that it was made of."""
+    sequences = _sequences(open_tokenizer(original), min(CHECKED, original.decoder.context_length))
+    pairs = zip(forward(original, sequences), forward(contracted, sequences), strict=True)
+    kl = float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
+    return Measurement("contracted products: mean KL to the factors", kl, "nat", n=sum(map(len, sequences)))
 
 
 def _fall_back(

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -29,12 +28,10 @@ from edgekit.export.parts import Parts
 from edgekit.export.sparse import KeyCode, SparseOptions
 from edgekit.export.values import padded_values
 from edgekit.kernels.functions import function_bodies
-from edgekit.kernels.opset import DOMAIN, attention_op
+from edgekit.kernels.opset import DOMAIN, CacheType, attention_op
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
 from edgekit.model.heads import Heads
 from edgekit.weight import Dense, Factored, Quantized, concatenate, stored_parts
-
-CacheType = Literal["float16", "int8"]
 
 
 def build_native_decoder(
@@ -59,7 +56,7 @@ def build_native_decoder(
     with Graph(folder) as graph:
         parts = Parts(checkpoint, graph, integer_bits=(4, 8))
         parts.rotary_tables(context)
-        _NativeDecoder(parts, heads, sparse, keys, int8=cache == "int8").build(caches)
+        _NativeDecoder(parts, heads, sparse, keys, cache).build(caches)
     return caches
 
 
@@ -78,12 +75,11 @@ class _NativeDecoder:
         heads: Sequence[Heads],
         sparse: SparseOptions | None,
         keys: Sequence[KeyCode],
-        *,
-        int8: bool,
+        cache: CacheType,
     ) -> None:
         self.parts = parts
         self.heads = heads
-        self.int8 = int8
+        self.cache = cache
         self.sparse = sparse
         self.keys = keys
         self.checkpoint = parts.checkpoint
@@ -102,10 +98,10 @@ class _NativeDecoder:
             gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
             state = self.add(f"{mlp}.down_proj", gated, state)
         self.head(self.parts.keep_last(state))
-        kept = TensorProto.INT8 if self.int8 else TensorProto.FLOAT16
-        inputs, outputs = self.parts.signature(caches, cache_type=kept)
+        kept = {"float16": TensorProto.FLOAT16, "int8": TensorProto.INT8, "int4": TensorProto.UINT8}[self.cache]
+        inputs, outputs = self.parts.signature(caches, cache_type=kept, together=2 if self.cache == "int4" else 1)
         for index, cache in enumerate(caches):
-            beside = {"scales": (TensorProto.FLOAT16, 2 * cache.kv_heads)} if self.int8 else {}
+            beside = {"scales": (TensorProto.FLOAT16, 2 * cache.kv_heads)} if self.cache != "float16" else {}
             beside |= {part: (TensorProto.UINT8, cache.kv_heads) for part in ("codes", "means") if cache.sparse}
             for part, (kind, rows) in beside.items():
                 dims = [1, rows, "cache" if part == "scales" else part]
@@ -125,7 +121,12 @@ class _NativeDecoder:
     def attend(self, prefix: str, qkv: str, index: int, cache: LayerCache) -> str:
         norms = [f"{prefix}.{x}_norm" for x in "qk"]
         normed = all(map(self.checkpoint.has, norms))
-        parts = ["key", "value", *(["scales"] if self.int8 else ()), *(["codes", "means"] if cache.sparse else ())]
+        parts = [
+            "key",
+            "value",
+            *(["scales"] if self.cache != "float16" else ()),
+            *(["codes", "means"] if cache.sparse else ()),
+        ]
         further: dict[str, float] = {"epsilon": self.config.norm_eps} if normed else {}
         found: list[str] = []
         if cache.sparse and self.sparse is not None:
@@ -142,7 +143,7 @@ class _NativeDecoder:
             further |= {"per_query_head": int(options.per_query_head), "adamas": int(options.adamas)}
             further["prefill_budget"] = options.prefill_budget
         return self.graph.node(
-            attention_op(normed=normed, sparse=cache.sparse, int8=self.int8),
+            attention_op(normed=normed, sparse=cache.sparse, cache=self.cache),
             [
                 qkv,
                 *(f"past_key_values.{index}.{part}" for part in parts),

@@ -332,9 +332,11 @@ class Parts:
         return self.graph.node("Slice", [x, *names], name)
 
     def signature(
-        self, caches: Sequence[LayerCache], *, cache_type: int
+        self, caches: Sequence[LayerCache], *, cache_type: int, together: int = 1
     ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-        """The graph's inputs and outputs; `cache_type` is the element type of keys and values."""
+        """The graph's inputs and outputs; `cache_type` is the element type of keys and values, of which one holds as
+        many channels as there are `together`.
+        """
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"]),
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, [1]),
@@ -344,7 +346,7 @@ class Parts:
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "kept", self.config.vocabulary])]
         for index, cache in enumerate(caches):
             for part in ("key", "value"):
-                dims = [1, cache.kv_heads, "cache", cache.head_dim]
+                dims = [1, cache.kv_heads, "cache", cache.head_dim // together]
                 past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
                 inputs.append(helper.make_tensor_value_info(past, cache_type, dims))
                 outputs.append(helper.make_tensor_value_info(present, cache_type, dims))

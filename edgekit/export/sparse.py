@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgekit.cache_rows import hadamard
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import ModelError, UserError
 from edgekit.kernels import sparse
@@ -144,7 +145,7 @@ def key_code(q: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
     root = axes * strength**0.25 @ axes.T
     spread, channels = np.linalg.eigh(root @ (centred.T @ centred / len(k)) @ root)
     spread, channels = np.maximum(spread[::-1], 1e-12 * spread[-1]), channels[:, ::-1]
-    mix = sparse.hadamard(np.eye(sparse.RUN, dtype=np.float32))
+    mix = hadamard(np.eye(sparse.RUN, dtype=np.float32))
     encoder = channels.T @ root
     decoder = channels.T @ (axes * strength**-0.25 @ axes.T)
     encoder, decoder = ((mix @ x.reshape(-1, sparse.RUN, d)).reshape(d, d)[:coded] for x in (encoder, decoder))
@@ -159,5 +160,5 @@ def key_code(q: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
 
 def thresholds(q: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
     """The thresholds of Adamas's codes, from queries (m, d) and keys (n, d) of a key-value head, and nothing twice."""
-    half = [0.5 * sparse.hadamard(x).std() for x in (q, k)]
+    half = [0.5 * hadamard(x).std() for x in (q, k)]
     return np.array(half, np.float32), np.zeros(1, np.float32), np.zeros(1, np.float32)

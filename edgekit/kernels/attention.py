@@ -1,25 +1,23 @@
 """The attention operators of `edgekit.kernels.opset` in NumPy: their definition, slow and readable.
 
 The cache of one layer is its arrays in the operators' order: keys and values (1, kv_heads, S, head_dim), and where
-these have 8 bits, their scales (1, 2 kv_heads, S), the keys' first. A row x of head_dim numbers with p = max |x| is
-
-    s = float16(p / 127),    codes = clamp(rint(x / s), -127, 127),    zeros where s is 0,    and counts as s * codes.
-
-Keys are rounded as they were turned. A row with something that is not a number has a scale that is none. One token's
-queries then have 15 bits (`reference.rounded`, a head as one block), so that their products are of whole numbers.
+these are whole numbers of 8 or 4 bits (`edgekit.cache_rows`; then two to a byte), their scales (1, 2 kv_heads, S), the
+keys' first. Keys are rounded as they were turned. One token's queries then have 15 bits (`reference.rounded`, a head as
+one block), so that their products are of whole numbers; with 4 bits they are multiplied by the Hadamard matrix before.
 Arguments are the operators' inputs in the table's order and their attributes by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit import cache_rows
 from edgekit.kernels import sparse, sparse_adamas, sparse_prefill
-from edgekit.kernels.reference import STEPS, rms_norm, round_rows, rounded
+from edgekit.kernels.reference import STEPS, rms_norm, rounded
 from edgekit.weight import Bytes, Floats, Halves, SignedBytes
 
 Doubles = NDArray[np.float64]
@@ -93,6 +91,36 @@ def norm_attention_int8(
     return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, norms=(q_norm, k_norm), **attributes)
 
 
+def attention_int4(
+    qkv: Floats,
+    past_key: Bytes,
+    past_value: Bytes,
+    past_scales: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`attention` over a cache in 4 bits; also returns present_scales."""
+    return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, **attributes)
+
+
+def norm_attention_int4(
+    qkv: Floats,
+    past_key: Bytes,
+    past_value: Bytes,
+    past_scales: Halves,
+    last: NDArray[np.int32],
+    cos: Floats,
+    sin: Floats,
+    q_norm: Floats,
+    k_norm: Floats,
+    **attributes: Any,
+) -> tuple[Array, ...]:
+    """`norm_attention` over a cache in 4 bits; also returns present_scales."""
+    return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, norms=(q_norm, k_norm), **attributes)
+
+
 def hadamard_sparse_attention(
     qkv: Floats,
     past_key: Halves,
@@ -139,17 +167,20 @@ def rotated(x: Floats, cos: Floats, sin: Floats) -> Floats:
 
 def read_cache(cache: Sequence[Array], total: int) -> tuple[Doubles, Doubles]:
     """Keys and values of the first `total` positions as they count, (kv_heads, total, head_dim) each."""
-    rows = [part[0, :, :total].astype(np.float64) for part in cache[:2]]
+    keys, values = (part[0, :, :total] for part in cache[:2])
     if len(cache) == 2:
-        return rows[0], rows[1]
-    scales = np.split(cache[2][0, :, :total, None].astype(np.float64), 2)
-    return rows[0] * scales[0], rows[1] * scales[1]
+        return keys.astype(np.float64), values.astype(np.float64)
+    key_scales, value_scales = np.split(cache[2][0, :, :total], 2)
+    return cache_rows.restore(keys, key_scales), cache_rows.restore(values, value_scales)
 
 
 def asked(q: Floats, cache: Sequence[Array]) -> Doubles:
     """Queries (heads, T, head_dim) as they meet the cache's keys."""
-    whole = len(cache) == 3 and q.shape[1] == 1
-    return rounded(q, q.shape[2], STEPS["int16"]) if whole else q.astype(np.float64)
+    if len(cache) == 2 or q.shape[1] > 1:
+        return q.astype(np.float64)
+    if cache[0].dtype == np.int8:
+        return rounded(q, q.shape[2], STEPS["int16"])
+    return cache_rows.hadamard(rounded(cache_rows.hadamard(q), q.shape[2], STEPS["int16"]))
 
 
 def append(cache: Sequence[Array], keys: Floats, values: Floats, first: int) -> tuple[Array, ...]:
@@ -159,7 +190,8 @@ def append(cache: Sequence[Array], keys: Floats, values: Floats, first: int) -> 
     if len(cache) == 2:
         present[0][0, :, span], present[1][0, :, span] = keys, values
         return present
-    (key_codes, key_scales), (value_codes, value_scales) = round_rows(keys), round_rows(values)
+    bits: Literal[8, 4] = 8 if cache[0].dtype == np.int8 else 4
+    (key_codes, key_scales), (value_codes, value_scales) = (cache_rows.keep(rows, bits) for rows in (keys, values))
     present[0][0, :, span], present[1][0, :, span] = key_codes, value_codes
     present[2][0, :, span] = np.concatenate([key_scales, value_scales])
     return present

@@ -1,10 +1,12 @@
 """The attention operators as ONNX functions: `edgekit.kernels.functions` puts them together.
 
-They are onnxruntime's GroupQueryAttention over a float16 cache; one in 8 bits is made float16 for each step, all of it.
-Sparse attention is exact here.
+They are onnxruntime's GroupQueryAttention over a float16 cache; one in 8 or 4 bits is made float16 for each step, all
+of it. Sparse attention is exact here.
 """
 
 from __future__ import annotations
+
+from edgekit.kernels.opset import OPS
 
 _HEADS = """
   num_heads = Constant <value_int: int = @num_heads> ()
@@ -68,8 +70,9 @@ _ATTENTION = (
 )
 
 # The new rows are rounded and written into the cache, which is made float16 for onnxruntime's operator: all of it, for
-# every token. That operator writes the new rows once more, where they are.
-_ATTENTION_INT8 = (
+# every token. That operator writes the new rows once more, where they are. The bits of a cache say what LIMIT is, and
+# what stands for TURN, PACK, UNPACK, BACK and NEW_BACK.
+_ATTENTION_WHOLE = (
     (
         _TURNED
         + """
@@ -78,9 +81,10 @@ _ATTENTION_INT8 = (
   new_flat = Concat <axis = 2> (k_turned, v)
   rows_shape = Concat <axis = 0> (zero, zero, rest, width)
   new_rows = Reshape (new_flat, rows_shape)
-  rows = Transpose <perm = [0, 2, 1, 3]> (new_rows)
-  most = Constant <value_float = 127.0> ()
-  least = Constant <value_float = -127.0> ()
+  plain_rows = Transpose <perm = [0, 2, 1, 3]> (new_rows)
+  TURN
+  most = Constant <value_float = LIMIT> ()
+  least = Constant <value_float = -LIMIT> ()
   nothing = Constant <value_float = 0.0> ()
   sizes = Abs (rows)
   peaks = ReduceMax (sizes, rest)
@@ -93,7 +97,7 @@ _ATTENTION_INT8 = (
   scaled = Mul (rows, factors)
   whole = Round (scaled)
   clipped = Clip (whole, least, most)
-  codes = Cast <to = 3> (clipped)
+  PACK
   new_key, new_value = Split <axis = 1, num_outputs = 2> (codes)
   new_scales = Squeeze (step_halves, rest)
   first_place = Squeeze (position)
@@ -109,13 +113,16 @@ _ATTENTION_INT8 = (
   present_value = ScatterElements <axis = 2> (past_value, row_places, new_value)
   present_scales = ScatterElements <axis = 2> (past_scales, scale_places, new_scales)
   all_codes = Concat <axis = 1> (present_key, present_value)
-  all_floats = Cast <to = 1> (all_codes)
+  code_floats = Cast <to = 1> (all_codes)
+  UNPACK
   all_scales = Cast <to = 1> (present_scales)
   scale_columns = Unsqueeze (all_scales, rest)
-  all_rows = Mul (all_floats, scale_columns)
+  kept_rows = Mul (all_whole, scale_columns)
+  BACK
   all_halves = Cast <to = 10> (all_rows)
   half_key, half_value = Split <axis = 1, num_outputs = 2> (all_halves)
-  rounded = Mul (clipped, steps)
+  new_kept = Mul (clipped, steps)
+  NEW_BACK
   rounded_rows = Transpose <perm = [0, 2, 1, 3]> (rounded)
   flat_rows_shape = Constant <value_ints = [0, 0, -1]> ()
   rounded_flat = Reshape (rounded_rows, flat_rows_shape)
@@ -127,6 +134,84 @@ _ATTENTION_INT8 = (
     .replace("KEY", "kept_key")
     .replace("VALUE", "kept_value")
 )
+
+_INT8 = {
+    "LIMIT": "127.0",
+    "TURN": "rows = Identity (plain_rows)",
+    "UNPACK": "all_whole = Identity (code_floats)",
+    "PACK": "codes = Cast <to = 3> (clipped)",
+    "NEW_BACK": "rounded = Identity (new_kept)",
+    "BACK": "all_rows = Identity (kept_rows)",
+}
+
+# The Hadamard matrix has -1 where the places in a run share an odd number of bits: halving folds them into the last.
+_INT4 = {
+    "LIMIT": "7.0",
+    "TURN": """
+  places_end = Constant <value_int = 0> ()
+  places_step = Constant <value_int = 1> ()
+  channels = Range (places_end, head_dim, places_step)
+  against = Neg (head_dim)
+  run = BitwiseAnd (head_dim, against)
+  whole_runs = Div (channels, run)
+  before = Mul (whole_runs, run)
+  in_run = Sub (channels, before)
+  run_rows = Unsqueeze (whole_runs, one)
+  run_columns = Unsqueeze (whole_runs, zero)
+  same_run = Equal (run_rows, run_columns)
+  place_rows = Unsqueeze (in_run, one)
+  place_columns = Unsqueeze (in_run, zero)
+  shared = BitwiseAnd (place_rows, place_columns)
+  by_256 = Constant <value_ints = [256]> ()
+  by_16 = Constant <value_ints = [16]> ()
+  by_4 = Constant <value_ints = [4]> ()
+  by_2 = Constant <value_ints = [2]> ()
+  high_8 = Div (shared, by_256)
+  folded_8 = BitwiseXor (shared, high_8)
+  high_4 = Div (folded_8, by_16)
+  folded_4 = BitwiseXor (folded_8, high_4)
+  high_2 = Div (folded_4, by_4)
+  folded_2 = BitwiseXor (folded_4, high_2)
+  high_1 = Div (folded_2, by_2)
+  folded = BitwiseXor (folded_2, high_1)
+  odd = BitwiseAnd (folded, one)
+  is_odd = Equal (odd, one)
+  run_float = Cast <to = 1> (run)
+  root = Sqrt (run_float)
+  plus = Reciprocal (root)
+  minus = Neg (plus)
+  no_share = Constant <value_float = 0.0> ()
+  signs = Where (is_odd, minus, plus)
+  hadamard = Where (same_run, signs, no_share)
+  rows = MatMul (plain_rows, hadamard)
+""",
+    "UNPACK": """
+  all_sixteenths = Div (code_floats, sixteen)
+  high_whole = Floor (all_sixteenths)
+  high_part = Mul (high_whole, sixteen)
+  low_whole = Sub (code_floats, high_part)
+  raised_whole = Concat <axis = -1> (low_whole, high_whole)
+  all_whole = Sub (raised_whole, middle)
+""",
+    "PACK": """
+  middle = Constant <value_float = 8.0> ()
+  sixteen = Constant <value_float = 16.0> ()
+  raised = Add (clipped, middle)
+  low_codes, high_codes = Split <axis = -1, num_outputs = 2> (raised)
+  high_shifted = Mul (high_codes, sixteen)
+  packed = Add (low_codes, high_shifted)
+  codes = Cast <to = 2> (packed)
+""",
+    "NEW_BACK": "rounded = MatMul (new_kept, hadamard)",
+    "BACK": "all_rows = MatMul (kept_rows, hadamard)",
+}
+
+
+def _whole(parts: dict[str, str]) -> str:
+    text = _ATTENTION_WHOLE
+    for name, part in parts.items():
+        text = text.replace(name, part)
+    return text
 
 
 # Exact attention needs no summaries of the cache: they stay as they are.
@@ -140,10 +225,11 @@ def attention_bodies(norms: str) -> dict[str, str]:
     """The bodies of all attention operators; `norms` makes q_normed and k_normed of q_heads and k_heads."""
     heads = {"": _HEADS + _PLAIN_HEADS, "Norm": _HEADS + _SPLIT_HEADS + norms + _JOINED_HEADS}
     summaries = {"Attention": "", "HadamardSparseAttention": _SUMMARIES}
-    caches = {"": _ATTENTION, "Int8": _ATTENTION_INT8}
+    caches = {"": _ATTENTION, "Int8": _whole(_INT8), "Int4": _whole(_INT4)}
     return {
         f"{norm}{kind}{cache}": head + body + beside
         for cache, body in caches.items()
         for kind, beside in summaries.items()
         for norm, head in heads.items()
+        if f"{norm}{kind}{cache}" in OPS
     }

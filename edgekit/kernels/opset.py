@@ -13,6 +13,7 @@ any), and each operator means one formula. W is the (N, K) matrix of values scal
     Attention              q and k rotated, k and v appended to the cache, then causal softmax(q k^T / sqrt(d)) v
     NormAttention          the same after RMSNorm of each q and k head
     ...Int8                the same over a cache in 8 bits: each row of k and v as whole numbers times a float16 scale
+    ...Int4                the same in 4 bits, of rows that were multiplied by a Hadamard matrix (`edgekit.cache_rows`)
     HadamardSparseAttention, NormHadamardSparseAttention
                            the same for several tokens, and for one token an estimate of it: positions that small codes
                            of the keys find are attended exactly, the others by their estimated weights and the mean
@@ -22,9 +23,13 @@ any), and each operator means one formula. W is the (N, K) matrix of values scal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 DOMAIN = "ai.edgekit"
 VERSION = 1
+
+CacheType = Literal["float16", "int8", "int4"]  # of keys and values
+CACHES: tuple[CacheType, ...] = get_args(CacheType)
 
 _WEIGHTS = ("codes", "scales", "zeros", "minima")
 _MATRIX = ("N", "K", "bits", "block")
@@ -42,22 +47,21 @@ class Op:
     attributes: tuple[str, ...]
 
 
-def attention_op(*, normed: bool, sparse: bool, int8: bool) -> str:
-    """The name of the attention operator with RMSNorm of heads, sparse, over a cache in 8 bits."""
-    return (
-        ("Norm" if normed else "") + ("HadamardSparseAttention" if sparse else "Attention") + ("Int8" if int8 else "")
-    )
+def attention_op(*, normed: bool, sparse: bool, cache: CacheType) -> str:
+    """The name of the attention operator with RMSNorm of heads, sparse, over such a cache."""
+    kind = "HadamardSparseAttention" if sparse else "Attention"
+    return ("Norm" if normed else "") + kind + {"float16": "", "int8": "Int8", "int4": "Int4"}[cache]
 
 
-def _attention(*, normed: bool, sparse: bool, int8: bool) -> Op:
+def _attention(*, normed: bool, sparse: bool, cache: CacheType) -> Op:
     """One of the attention operators."""
-    name = attention_op(normed=normed, sparse=sparse, int8=int8)
-    cache = ("key", "value", *(("scales",) if int8 else ()), *(("codes", "means") if sparse else ()))
-    inputs = ("qkv", *(f"past_{part}" for part in cache), "last", "cos", "sin")
+    name = attention_op(normed=normed, sparse=sparse, cache=cache)
+    kept = ("key", "value", *(("scales",) if cache != "float16" else ()), *(("codes", "means") if sparse else ()))
+    inputs = ("qkv", *(f"past_{part}" for part in kept), "last", "cos", "sin")
     found = ("center", "encoder", "decoder", "budget") if sparse else ()
     norms = ("q_norm", "k_norm") if normed else ()
     attributes = (*(_SPARSE_HEADS if sparse else _HEADS), *(("epsilon",) if normed else ()))
-    return Op(name, (*inputs, *found, *norms), ("y", *(f"present_{part}" for part in cache)), attributes)
+    return Op(name, (*inputs, *found, *norms), ("y", *(f"present_{part}" for part in kept)), attributes)
 
 
 OPS = {
@@ -68,9 +72,9 @@ OPS = {
         Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon")),
         Op("QuantEmbedding", ("ids", *_WEIGHTS, "steps"), ("y",), _MATRIX),
         *(
-            _attention(normed=normed, sparse=sparse, int8=int8)
-            for int8 in (False, True)
-            for sparse in (False, True)
+            _attention(normed=normed, sparse=sparse, cache=cache)
+            for cache in CACHES
+            for sparse in ((False, True) if cache != "int4" else (False,))
             for normed in (False, True)
         ),
     )

@@ -147,16 +147,6 @@ def rounded(x: Floats, block: int, steps: int) -> Doubles:
     return values
 
 
-def round_rows(x: Floats) -> tuple[SignedBytes, Halves]:
-    """Rows (..., d) of a cache in 8 bits: codes (..., d) and their scales (...); see `edgekit.kernels.attention`."""
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        scales = (np.abs(x).max(-1) / np.float32(127)).astype(np.float16)
-        steps = scales.astype(np.float32)[..., None]
-        inverse = np.where(steps > 0, np.float32(1) / steps, np.float32(0))
-        codes = np.clip(np.nan_to_num(np.rint(x * inverse), nan=127.0), -127, 127).astype(np.int8)
-    return codes, scales
-
-
 def matrix(tiles: Tiles) -> Doubles:
     """The values scale * (code - zero) + minimum of a matrix in tiles, (rows, columns)."""
     return untile(tiles).dense().astype(np.float64)

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle import BLOCK, PAGE
-from edgekit.kernels.reference import round_rows
+from edgekit.cache_rows import round_rows
 from edgekit.weight import Bytes, Floats
 
 RUN = 16  # channels that stand together
@@ -56,17 +56,6 @@ def offsets(head_dim: int) -> Floats:
     """What zero is in each coded channel, between two codes: o_c."""
     fine = fine_channels(head_dim)
     return np.repeat(np.array([7.5, 1.5], np.float32), [fine, head_dim - 2 * fine])
-
-
-def hadamard(x: Floats) -> Floats:
-    """x times the normalised Hadamard matrix of its last axis, whose length is a power of two."""
-    y, half = x.copy(), 1
-    while half < x.shape[-1]:
-        pairs = y.reshape(*y.shape[:-1], y.shape[-1] // (2 * half), 2, half)
-        y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
-        half *= 2
-    scaled: Floats = y / np.sqrt(np.float32(x.shape[-1]))
-    return scaled
 
 
 def encode(keys: Floats, center: Floats, encoder: Floats) -> Bytes:

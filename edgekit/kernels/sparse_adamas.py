@@ -18,13 +18,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.cache_rows import hadamard
 from edgekit.kernels import sparse
 from edgekit.weight import Bytes, Floats
 
 
 def code(x: Floats, threshold: float) -> Bytes:
     """Codes (n, d) of rows (n, d)."""
-    h = sparse.hadamard(x)
+    h = hadamard(x)
     codes: Bytes = (h > -threshold).astype(np.uint8) + (h > 0) + (h > threshold)
     return codes
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from edgekit.cache_rows import keep, restore
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import UserError
 from edgekit.model.config import DecoderConfig
@@ -24,14 +25,14 @@ from edgekit.model.rope import tables
 from edgekit.weight import Floats
 
 Watch = Callable[[int, Floats, Floats], None]
-Kept = Literal["float32", "float16", "int8"]
+Kept = Literal["float32", "float16", "int8", "int4"]
 
 
 @dataclass(frozen=True)
 class Rounds:
     """What a runtime rounds beside the weights: what matrices read, in blocks of 32 to `steps` whole steps on either
     side of zero, in `layers` alone where given (the layer after the last is the head); keys and values to what a
-    `cache` keeps: "int8" is whole numbers of -127..127 times a float16 scale a row (`edgekit.kernels.attention`).
+    `cache` keeps (`edgekit.cache_rows`).
     """
 
     steps: int
@@ -177,10 +178,7 @@ def kept(x: Floats, cache: Kept) -> Floats:
         return x
     if cache == "float16":
         return x.astype(np.float16).astype(np.float32)
-    step = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
-    codes = np.clip(np.rint(x / np.where(step == 0, np.float32(np.inf), step)), -127, 127)
-    values: Floats = step * codes
-    return values
+    return restore(*keep(x, 8 if cache == "int8" else 4)).astype(np.float32)
 
 
 def rounded(x: Floats, steps: int, block: int = 32) -> Floats:

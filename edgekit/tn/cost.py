@@ -3,20 +3,20 @@
     seconds = numbers * bits / 8 / bandwidth + nodes * NODE_SECONDS
 
 A token's products are bound by memory, so fewer numbers are fewer seconds, but each node of the graph has its own
-price: threads are woken and wait for each other. On a fast machine a small matrix is read in less time than that, and a
-product of two is slower than the matrix. A prompt's products are bound by multiplications instead, so factors pay only
-when they save those too.
+price: the executor calls it, threads are woken and wait for each other. On a fast machine a small matrix is read in
+less time than that, and a product of two is slower than the matrix. A prompt's products are bound by multiplications
+instead, so factors pay only when they save those too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from edgekit.device import Device
 from edgekit.weight import Dense, Factored, Quantized
 
-NODE_SECONDS = 1e-6  # of one more product: 0.5 us measured for the smallest (docs/structure.md), and threads that meet
-UNKNOWN_GBS = 10.0  # where a device's bandwidth is not known
+NODE_SECONDS = 5e-6  # of one more product, on two threads of a PC (docs/structure.md)
+UNKNOWN_GBS = 50.0  # where a device's bandwidth is not known: a fast PC's, on which factors pay least
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Cost:
     multiplications: int
     nodes: int
     seconds: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def with_nodes(self, more: int) -> Cost:
+        """The same with `more` nodes, which may be below 0."""
+        return replace(self, nodes=self.nodes + more, seconds=self.seconds + more * NODE_SECONDS)
 
     def pays_against(self, other: Cost) -> bool:
         """Whether this is no slower than `other`, for a token and for a prompt."""

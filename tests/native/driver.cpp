@@ -333,20 +333,25 @@ struct Shape {
   int64_t tokens, heads, head_dim, first, window;
 };
 
-// Rows of a cache in either form, and what they count as.
+// Rows of a cache of 16, 8 or 4 bits, and what they count as; those of 4 bits as they are kept, transformed.
 struct Kept {
   int64_t head_dim;
+  int bits;
   Buffer<uint16_t> halves, scales;
-  Buffer<int8_t> codes;
-  bool small;
-  Kept(int64_t rows, int64_t d, int64_t shift, bool in_8_bits)
-      : head_dim(d), halves(rows * d, shift), scales(rows, shift), codes(rows * d, shift), small(in_8_bits) {}
+  Buffer<uint8_t> codes;
+  Kept(int64_t rows, int64_t d, int64_t shift, int width)
+      : head_dim(d), bits(width), halves(rows * d, shift), scales(rows, shift), codes(rows * d * width / 8, shift) {}
   Rows rows() const {
-    return small ? Rows{codes.data(), scales.data()} : Rows{halves.data(), nullptr};
+    return bits < 16 ? Rows{codes.data(), scales.data(), bits} : Rows{halves.data(), nullptr, bits};
+  }
+  int code(int64_t row, int64_t i) const {
+    if (bits == 8) return static_cast<int8_t>(codes.data()[row * head_dim + i]);
+    const int64_t half = head_dim / 2;
+    return (codes.data()[row * half + i % half] >> (i < half ? 0 : 4) & 15) - 8;
   }
   double value(int64_t row, int64_t i) const {
-    if (!small) return half_value(halves.data()[row * head_dim + i]);
-    return codes.data()[row * head_dim + i] * static_cast<double>(half_value(scales.data()[row]));
+    if (bits == 16) return half_value(halves.data()[row * head_dim + i]);
+    return code(row, i) * static_cast<double>(half_value(scales.data()[row]));
   }
 };
 
@@ -401,29 +406,29 @@ void check_many(const Path& path, const Case& c, uint64_t seed, Findings& found)
   }
 }
 
-// Rows in 8 bits come back within half a step.
+// Rows of whole numbers come back within half a step.
 void round_rows(const Path& path, Kept& kept, Random& random, Findings& found) {
   Buffer<float> row(kept.head_dim, 1);
   for (int64_t r = 0; r < kept.scales.count(); ++r) {
     const float size = std::ldexp(1.0f, static_cast<int>(random.below(6)) - 6);
     for (float& value : row) value = r % 7 == 6 ? 0.0f : size * random.number();
-    int8_t* codes = kept.codes.data() + r * kept.head_dim;
-    kept.scales[r] = path.round_row(row.data(), kept.head_dim, codes);
+    kept.scales[r] = path.round_row(row.data(), kept.head_dim, kept.bits, kept.codes.data() + r * kept.head_dim * kept.bits / 8);
     const double scale = half_value(kept.scales[r]);
     for (int64_t i = 0; i < kept.head_dim; ++i) {
-      found.expect(std::abs(codes[i] * scale - row[i]) <= 0.501 * scale, "round_row: a code is too far");
+      found.expect(std::abs(kept.code(r, i) * scale - row[i]) <= 0.501 * scale, "round_row: a code is too far");
     }
   }
   found.add(kept.codes);
   found.add(kept.scales);
 }
 
-void check_attention(const Path& path, const Shape& s, bool small, uint64_t seed, Findings& found) {
+void check_attention(const Path& path, const Shape& s, int bits, uint64_t seed, Findings& found) {
+  const bool small = bits < 16;
   Random random(seed);
   const int64_t length = s.first + s.tokens, d = s.head_dim, stride = s.heads * d + 16;
   const int64_t count = (s.tokens - 1) * stride + s.heads * d;
   Buffer<float> q(count, 1), out(count, 3), scratch(attention_scratch(s.tokens, s.heads, d), 1);
-  Kept keys(length, d, 1, small), values(length, d, 3, small);
+  Kept keys(length, d, 1, bits), values(length, d, 3, bits);
   for (float& value : q) value = random.number() * 3;
   if (small) {
     round_rows(path, keys, random, found);
@@ -509,7 +514,9 @@ Findings check_path(const Path& path, bool full) {
                                {7, 3, 64, 64, 0},  {64, 3, 64, 0, 0},    {33, 2, 32, 200, 0}, {5, 5, 16, 100, 10},
                                {70, 1, 64, 90, 1}, {17, 6, 128, 70, 64}, {3, 7, 80, 200, 65}};
   for (const Shape& shape : kShapes) {
-    for (const bool small : {false, true}) check_attention(path, shape, small, ++seed, found);
+    for (const int bits : {16, 8, 4}) {
+      if (bits > 4 || shape.head_dim % (2 * kLanes) == 0) check_attention(path, shape, bits, ++seed, found);
+    }
   }
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const Offset offset : {Offset::kSymmetric, Offset::kZeroPoint, Offset::kMinimum}) {

@@ -7,23 +7,13 @@
 namespace edgekit {
 namespace {
 
-// The planes of x, which is changed; head_dim is a power of two. Butterflies in NumPy's order: codes agree to the bit.
+// The planes of x, which is changed; head_dim is a power of two.
 void planes(float* x, int64_t head_dim, float threshold, uint8_t* out) {
-  for (int64_t half = 1; half < head_dim; half *= 2) {
-    for (int64_t i = 0; i < head_dim; i += 2 * half) {
-      for (int64_t j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-    }
-  }
-  const float root = sqrtf(static_cast<float>(head_dim));
+  hadamard(x, 1, head_dim);
   const int64_t bytes = head_dim / 8;
   std::memset(out, 0, static_cast<size_t>(2 * bytes));
   for (int64_t i = 0; i < head_dim; ++i) {
-    const float value = x[i] / root;
-    const unsigned high = value > 0.0f, low = high ? value > threshold : value > -threshold;
+    const unsigned high = x[i] > 0.0f, low = high ? x[i] > threshold : x[i] > -threshold;
     out[i / 8] = static_cast<uint8_t>(out[i / 8] | high << (i % 8));
     out[bytes + i / 8] = static_cast<uint8_t>(out[bytes + i / 8] | low << (i % 8));
   }

@@ -21,9 +21,11 @@ using ort::Info;
 using ort::Tensor;
 
 // Which of the operators: with RMSNorm of each query and key head before the rotation; sparse, where one token attends to
-// the positions that small codes of the keys find (docs/sparse-attention.md); with a cache in 8 bits.
+// the positions that small codes of the keys find (docs/sparse-attention.md); with a cache of 16, 8 or 4 bits.
 struct AttentionForm {
-  bool normed, sparse, small;
+  bool normed, sparse;
+  int bits;
+  [[nodiscard]] bool whole() const { return bits < 16; }
 };
 
 // Rotary embedding, cache append and exact or sparse attention. The cache's buffers may be both past and present.
@@ -38,7 +40,8 @@ class Attend {
     head_dim_ = info.integer("head_dim", kLanes, Selection::kWidest);
     window_ = info.integer("local_window_size", -1, int64_t{1} << 31);
     if (heads % kv_heads_) fail("num_heads must be a multiple of kv_num_heads: got %lld and %lld", (long long)heads, (long long)kv_heads_);
-    if (head_dim_ % kLanes) fail("head_dim must be a multiple of 16: got %lld", (long long)head_dim_);
+    const int64_t step = form_.bits == 4 ? 2 * kLanes : kLanes;
+    if (head_dim_ % step) fail("head_dim must be a multiple of %lld: got %lld", (long long)step, (long long)head_dim_);
     group_ = heads / kv_heads_;
     if (window_ == 0) fail("attribute local_window_size must be -1 or at least 1: got 0");
     if (window_ < 0) window_ = 0;
@@ -62,9 +65,10 @@ class Attend {
            x.shape().c_str());
     }
     const int64_t tokens = x.dims[1], length = past_keys.rank == 4 ? past_keys.dims[2] : 0;
+    const int64_t row_size = form_.bits == 4 ? d / 2 : d;  // places of a row
     for (const auto& [name, past] : {std::pair{"past_key", &past_keys}, {"past_value", &past_values}}) {
-      if (past->rank != 4 || past->dims[0] != 1 || past->dims[1] != kv_heads_ || past->dims[2] != length || past->dims[3] != d) {
-        fail("%s must have shape (1, %lld, length, %lld): got %s", name, (long long)kv_heads_, (long long)d,
+      if (past->rank != 4 || past->dims[0] != 1 || past->dims[1] != kv_heads_ || past->dims[2] != length || past->dims[3] != row_size) {
+        fail("%s must have shape (1, %lld, length, %lld): got %s", name, (long long)kv_heads_, (long long)row_size,
              past->shape().c_str());
       }
     }
@@ -96,6 +100,7 @@ class Attend {
         const float* c = cosine.as<float>() + (first + t) * (d / 2);
         const float* s = sine.as<float>() + (first + t) * (d / 2);
         for (int64_t h = 0; h < kv_heads_ * group_; ++h) rotate(row + h * d, c, s, q_norm_, q + t * q_width + h * d);
+        if (form_.bits == 4) path().hadamard(q + t * q_width, kv_heads_ * group_, d);
         for (int64_t h = 0; h < kv_heads_; ++h) {
           float* key = rotated_keys + (t * kv_heads_ + h) * d;
           rotate(row + q_width + h * d, c, s, k_norm_, key);
@@ -119,11 +124,17 @@ class Attend {
     } else {
       prefill(context, q, cache, first, tokens, summary, out);
     }
+    if (form_.bits == 4) {  // outputs are sums of transformed rows
+      context.parallel(cuts, [&](size_t i) {
+        const int64_t begin = share(tokens, i, cuts), end = share(tokens, i + 1, cuts);
+        path().hadamard(out + begin * q_width, (end - begin) * kv_heads_ * group_, d);
+      });
+    }
   }
 
  private:
-  size_t sine_input() const { return 5 + (form_.small ? 1 : 0) + (form_.sparse ? 2 : 0); }
-  size_t codes_input() const { return form_.small ? 4 : 3; }  // and output
+  size_t sine_input() const { return 5 + (form_.whole() ? 1 : 0) + (form_.sparse ? 2 : 0); }
+  size_t codes_input() const { return form_.whole() ? 4 : 3; }  // and output
 
   void read_sparse(const Info& info) {
     SparseShape& s = sparse_;
@@ -164,9 +175,10 @@ class Attend {
 
   // The present keys and values, and their scales: [2][kv_heads][length], the keys' first.
   Cache present(const Context& context, const Tensor& keys, const Tensor& values, int64_t length) const {
-    const size_t size = form_.small ? sizeof(int8_t) : sizeof(uint16_t);
-    Cache cache{{append(context, 1, keys, size), nullptr}, {append(context, 2, values, size), nullptr}, length, head_dim_};
-    if (form_.small) {
+    const size_t size = form_.whole() ? sizeof(int8_t) : sizeof(uint16_t);
+    Cache cache{{append(context, 1, keys, size), nullptr, form_.bits}, {append(context, 2, values, size), nullptr, form_.bits},
+                length, head_dim_};
+    if (form_.whole()) {
       const Tensor scales = context.input(3, "past_scales");
       if (scales.rank != 3 || scales.dims[0] != 1 || scales.dims[1] != 2 * kv_heads_ || scales.dims[2] != length) {
         fail("past_scales must have shape (1, %lld, %lld): got %s", (long long)(2 * kv_heads_), (long long)length,
@@ -182,7 +194,13 @@ class Attend {
   void keep(const float* x, const Rows& row) const {
     void* to = const_cast<void*>(row.data);
     if (row.scales) {
-      *const_cast<uint16_t*>(row.scales) = path().round_row(x, head_dim_, static_cast<int8_t*>(to));
+      float turned[Selection::kWidest];
+      if (row.bits == 4) {
+        std::copy(x, x + head_dim_, turned);
+        path().hadamard(turned, 1, head_dim_);
+        x = turned;
+      }
+      *const_cast<uint16_t*>(row.scales) = path().round_row(x, head_dim_, row.bits, static_cast<uint8_t*>(to));
     } else {
       path().to_half(x, static_cast<uint16_t*>(to), head_dim_);
     }

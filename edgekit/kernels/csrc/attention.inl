@@ -5,7 +5,7 @@
 // (tokens x heads), so that scores, maxima and sums of a row never cross lanes; keys come in blocks, with the running
 // maximum and rescaling of online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 
-#include "attention_int8.inl"
+#include "attention_whole.inl"
 
 namespace edgekit {
 namespace {
@@ -115,11 +115,12 @@ void decode(const DecodeTask& t) {
 // Up to kKeyBlock rows as floats.
 void widen_rows(const Rows& from, int64_t count, int64_t head_dim, float* to) {
   if (from.scales) {
-    const auto* row = static_cast<const int8_t*>(from.data);
     float scales[kKeyBlock];
+    int8_t room[kMostChannels];
     for (int64_t j = 0; j < count; j += kLanes) store(scales + j, row_scales(from.scales + j, count - j));
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t i = j * head_dim; i < (j + 1) * head_dim; i += kLanes) store(to + i, mul(widen(row + i), all(scales[j])));
+    for (int64_t j = 0; j < count; ++j, to += head_dim) {
+      const int8_t* row = whole_rows(from, j, 1, head_dim, room);
+      for (int64_t i = 0; i < head_dim; i += kLanes) store(to + i, mul(widen(row + i), all(scales[j])));
     }
   } else {
     const auto* halves = static_cast<const uint16_t*>(from.data);

@@ -270,6 +270,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
                                     ort::make_op<HadamardSparseAttention>(),
                                     ort::make_op<NormHadamardSparseAttention>(),
                                     ort::make_op<AttentionInt8>(),        ort::make_op<NormAttentionInt8>(),
+                                    ort::make_op<AttentionInt4>(),        ort::make_op<NormAttentionInt4>(),
                                     ort::make_op<HadamardSparseAttentionInt8>(),
                                     ort::make_op<NormHadamardSparseAttentionInt8>()};
   // One domain for all sessions of the process; onnxruntime keeps a pointer to it.

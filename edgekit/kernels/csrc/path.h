@@ -86,14 +86,16 @@ struct Epilogue {
   bool gated;             // tiles come in pairs (gate, up); silu(gate) * up is stored
 };
 
-// Keys or values of one key-value head, [positions][head_dim]: float16, or whole numbers of -127..127 that a float16
-// scale a row multiplies.
+// Keys or values of one key-value head, [positions][head_dim]: float16, or whole numbers that a float16 scale a row
+// multiplies. Of 8 bits they are -127..127; of 4 bits -7..7, plus 8, of Hadamard-transformed rows, and byte i of a row
+// holds channel i in its low half and channel i + head_dim / 2 in its high half.
 struct Rows {
   const void* data;
   const uint16_t* scales;  // null: data are float16
-  [[gnu::always_inline]] int64_t bytes(int64_t head_dim) const { return scales ? head_dim : 2 * head_dim; }
+  int bits;                // 16, 8 or 4
+  [[gnu::always_inline]] int64_t bytes(int64_t head_dim) const { return head_dim * bits / 8; }
   [[gnu::always_inline]] Rows from(int64_t position, int64_t head_dim) const {
-    return {static_cast<const uint8_t*>(data) + position * bytes(head_dim), scales ? scales + position : nullptr};
+    return {static_cast<const uint8_t*>(data) + position * bytes(head_dim), scales ? scales + position : nullptr, bits};
   }
 };
 
@@ -224,8 +226,11 @@ struct Path {
   void (*mean)(const Rows& rows, int64_t count, int64_t head_dim, int64_t page, uint8_t* means);
   void (*gather)(const Rows& rows, const int32_t* at, int64_t count, int64_t heads, const float* weights, int64_t stride,
                  int64_t head_dim, float* out);
-  // A row as whole numbers of -127..127; returns their scale.
-  uint16_t (*round_row)(const float* x, int64_t count, int8_t* codes);
+  // A row as whole numbers of 8 or 4 bits, as in `Rows`; returns their scale.
+  uint16_t (*round_row)(const float* x, int64_t count, int bits, uint8_t* codes);
+  // Rows of `head_dim`, each run of as many channels as the largest power of two in head_dim times the normalised
+  // Hadamard matrix.
+  void (*hadamard)(float* x, int64_t rows, int64_t head_dim);
   // See adamas.inl: planes of a key or query; the weights of blocks by their codes' distances.
   void (*planes)(float* x, int64_t head_dim, float threshold, uint8_t* out);
   void (*distances)(const SparseTask& task);

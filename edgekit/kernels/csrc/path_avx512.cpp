@@ -16,7 +16,7 @@
 
 namespace edgekit {
 constexpr Path kPath{"avx512", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, planes, distances,
+                     encode, encode_query, estimate, select, weigh, mean, gather, round_row, hadamard, planes, distances,
                      near_peak};
 extern const Path* const kAvx512 = &kPath;
 }  // namespace edgekit

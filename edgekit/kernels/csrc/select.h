@@ -239,7 +239,7 @@ class Selection {
       std::memcpy(rows + i * bytes, source + position(places[i]) * bytes, static_cast<size_t>(bytes));
       if (from.scales) scales[i] = from.scales[position(places[i])];
     }
-    return {rows, from.scales ? scales : nullptr};
+    return {rows, from.scales ? scales : nullptr, from.bits};
   }
 
   // Add what follows in the task's blocks, with its own values.

@@ -302,7 +302,7 @@ void mean(const Rows& rows, int64_t count, int64_t head_dim, int64_t page, uint8
     for (int64_t j = 0; j < count; ++j) total = add(total, load(values + j * head_dim + i));
     store(values + i, mul(total, share));
   }
-  const uint16_t scale = round_row(values, head_dim, reinterpret_cast<int8_t*>(means) + page * head_dim);
+  const uint16_t scale = round_row(values, head_dim, 8, means + page * head_dim);
   std::memcpy(means + kLanes * head_dim + page * sizeof scale, &scale, sizeof scale);
 }
 

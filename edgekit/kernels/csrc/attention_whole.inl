@@ -1,15 +1,35 @@
-// Rows of the cache in 8 bits: how they are rounded, and attention of one token over them.
+// Rows of the cache in 8 and 4 bits: how they are rounded, and attention of one token over them.
 //
 // Scores are dot products of whole numbers: the query has 15 bits, in two planes as activations have, so that what is lost
-// is the keys' rounding alone. Sixteen keys are turned at a time, so that lanes are positions: no sum crosses lanes.
+// is the keys' rounding alone. Sixteen keys are turned at a time, so that lanes are positions: no sum crosses lanes. Four
+// bits become bytes a few rows at a time.
 
 namespace edgekit {
 namespace {
 
 constexpr int64_t kMostChannels = 1024;
 
-// A row as whole numbers of -127..127; returns their scale. A row with something that is not a number has none either.
-uint16_t round_row(const float* x, int64_t count, int8_t* codes) {
+// Butterflies in NumPy's order: what is rounded afterwards agrees to the bit.
+void hadamard(float* x, int64_t rows, int64_t head_dim) {
+  const int64_t run = head_dim & -head_dim;
+  const float root = sqrtf(static_cast<float>(run));
+  for (float* end = x + rows * head_dim; x < end; x += run) {
+    for (int64_t half = 1; half < run; half *= 2) {
+      for (int64_t i = 0; i < run; i += 2 * half) {
+        for (int64_t j = i; j < i + half; ++j) {
+          const float a = x[j], b = x[j + half];
+          x[j] = a + b;
+          x[j + half] = a - b;
+        }
+      }
+    }
+    for (int64_t i = 0; i < run; ++i) x[i] /= root;
+  }
+}
+
+// A row as whole numbers up to `limit` either side of zero; returns their scale. A row with something that is not a
+// number has none either.
+uint16_t round_whole(const float* x, int64_t count, float limit, int8_t* codes) {
   Floats peak = zeros();
   unsigned numbers = 0xffff;
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -18,12 +38,33 @@ uint16_t round_row(const float* x, int64_t count, int8_t* codes) {
     numbers &= at_most(v, v);
   }
   uint16_t halves[kLanes];
-  store_half(halves, all(numbers == 0xffff ? largest(peak) / 127.0f : NAN));
+  store_half(halves, all(numbers == 0xffff ? largest(peak) / limit : NAN));
   float scales[kLanes];
   store(scales, load_half(halves));
-  const Floats inverse = all(scales[0] > 0.0f ? 1.0f / scales[0] : 0.0f), most = all(127.0f), least = all(-127.0f);
+  const Floats inverse = all(scales[0] > 0.0f ? 1.0f / scales[0] : 0.0f), most = all(limit), least = all(-limit);
   for (int64_t i = 0; i < count; i += kLanes) store_codes(codes + i, max(min(round(mul(load(x + i), inverse)), most), least));
   return halves[0];
+}
+
+uint16_t round_row(const float* x, int64_t count, int bits, uint8_t* codes) {
+  if (bits == 8) return round_whole(x, count, 127.0f, reinterpret_cast<int8_t*>(codes));
+  int8_t whole[kMostChannels];
+  const uint16_t scale = round_whole(x, count, 7.0f, whole);
+  for (int64_t i = 0; i < count / 2; ++i) codes[i] = static_cast<uint8_t>((whole[i] + 8) | (whole[i + count / 2] + 8) << 4);
+  return scale;
+}
+
+// `count` rows of whole numbers as bytes: as they are, or from 4 bits in `room`.
+inline const int8_t* whole_rows(const Rows& from, int64_t first, int64_t count, int64_t head_dim, int8_t* room) {
+  const auto* data = static_cast<const uint8_t*>(from.data) + first * from.bytes(head_dim);
+  if (from.bits == 8) return reinterpret_cast<const int8_t*>(data);
+  const int64_t half = head_dim / 2;
+  for (int64_t j = 0; j < count; ++j, data += half) {
+    int8_t* low = room + j * head_dim;
+    for (int64_t i = 0; i < half; ++i) low[i] = static_cast<int8_t>((data[i] & 15) - 8);
+    for (int64_t i = 0; i < half; ++i) low[half + i] = static_cast<int8_t>((data[i] >> 4) - 8);
+  }
+  return room;
 }
 
 // Up to sixteen scales; zeros past `count`.
@@ -59,7 +100,7 @@ void round_query(const float* q, int64_t head_dim, WholeQuery& out) {
 
 // Scores of sixteen keys before they are scaled by the square root of the channels.
 template <int Heads>
-void whole_scores(const uint8_t* keys, const WholeQuery* q, Floats scales, int64_t head_dim, float* scores, int64_t stride) {
+void whole_scores(const int8_t* keys, const WholeQuery* q, Floats scales, int64_t head_dim, float* scores, int64_t stride) {
   Ints high[Heads], low[Heads];
   for (int h = 0; h < Heads; ++h) {
     high[h] = all(-kWideZero * q[h].high_sum);
@@ -67,7 +108,7 @@ void whole_scores(const uint8_t* keys, const WholeQuery* q, Floats scales, int64
   }
   for (int64_t c = 0; c < head_dim; c += 16) {
     Bytes codes[4];
-    turn(keys + c, head_dim, codes);
+    turn(reinterpret_cast<const uint8_t*>(keys) + c, head_dim, codes);
     for (Bytes& four : codes) four = signed_wide(four);
     for (int h = 0; h < Heads; ++h) {
       high[h] = dot<8, 4>(high[h], codes, q[h].high + c);
@@ -80,11 +121,12 @@ void whole_scores(const uint8_t* keys, const WholeQuery* q, Floats scales, int64
   }
 }
 
+// Added to what is in `out`.
 template <int Heads, int Runs>
 void whole_values(const int8_t* values, int64_t count, int64_t head_dim, const float* weights, int64_t stride, float* out) {
   Floats acc[Heads][Runs];
   for (int h = 0; h < Heads; ++h) {
-    for (int r = 0; r < Runs; ++r) acc[h][r] = zeros();
+    for (int r = 0; r < Runs; ++r) acc[h][r] = load(out + h * head_dim + r * kLanes);
   }
   for (int64_t j = 0; j < count; ++j, values += head_dim) {
     Floats weight[Heads];
@@ -119,29 +161,35 @@ void whole_softmax(const DecodeTask& t, int64_t head, float* scores) {
 template <int Heads>
 void decode_whole_heads(const DecodeTask& t, int64_t first_head) {
   const int64_t d = t.head_dim;
-  const auto* keys = static_cast<const uint8_t*>(t.keys.data);
-  const auto* values = static_cast<const int8_t*>(t.values.data);
   float* scores = t.scratch;
+  float* out = t.out + first_head * d;
   WholeQuery q[Heads];
   for (int h = 0; h < Heads; ++h) round_query(t.q + (first_head + h) * d, d, q[h]);
+  int8_t room[kLanes * kMostChannels];
   int64_t j = 0;
   for (; j + kLanes <= t.count; j += kLanes) {
-    whole_scores<Heads>(keys + j * d, q, load_half(t.keys.scales + j), d, scores + j, t.count_padded);
+    const int8_t* keys = whole_rows(t.keys, j, kLanes, d, room);
+    whole_scores<Heads>(keys, q, load_half(t.keys.scales + j), d, scores + j, t.count_padded);
   }
-  if (j < t.count) {
-    uint8_t rows[kLanes * kMostChannels];
-    std::memcpy(rows, keys + j * d, static_cast<size_t>((t.count - j) * d));
-    std::memset(rows + (t.count - j) * d, 0, static_cast<size_t>((j + kLanes - t.count) * d));
-    whole_scores<Heads>(rows, q, row_scales(t.keys.scales + j, t.count - j), d, scores + j, t.count_padded);
+  if (const int64_t left = t.count - j; left > 0) {
+    const int8_t* keys = whole_rows(t.keys, j, left, d, room);
+    if (keys != room) std::memcpy(room, keys, static_cast<size_t>(left * d));
+    std::memset(room + left * d, 0, static_cast<size_t>((kLanes - left) * d));
+    whole_scores<Heads>(room, q, row_scales(t.keys.scales + j, left), d, scores + j, t.count_padded);
   }
   for (int h = 0; h < Heads; ++h) whole_softmax(t, first_head + h, scores + h * t.count_padded);
   constexpr int kRuns = kAtOnce >= 8 ? 4 : 1;  // as many as the registers hold
-  float* out = t.out + first_head * d;
-  int64_t c = 0;
-  for (; c + kRuns * kLanes <= d; c += kRuns * kLanes) {
-    whole_values<Heads, kRuns>(values + c, t.count, d, scores, t.count_padded, out + c);
+  std::memset(out, 0, sizeof(float) * static_cast<size_t>(Heads * d));
+  const int64_t at_once = t.values.bits == 8 ? t.count : kLanes;
+  for (int64_t i = 0; i < t.count; i += at_once) {
+    const int64_t rows = at_once < t.count - i ? at_once : t.count - i;
+    const int8_t* values = whole_rows(t.values, i, rows, d, room);
+    int64_t c = 0;
+    for (; c + kRuns * kLanes <= d; c += kRuns * kLanes) {
+      whole_values<Heads, kRuns>(values + c, rows, d, scores + i, t.count_padded, out + c);
+    }
+    for (; c < d; c += kLanes) whole_values<Heads, 1>(values + c, rows, d, scores + i, t.count_padded, out + c);
   }
-  for (; c < d; c += kLanes) whole_values<Heads, 1>(values + c, t.count, d, scores, t.count_padded, out + c);
 }
 
 void decode_whole(const DecodeTask& t) {

@@ -1,10 +1,10 @@
-"""The cache in 8 bits: its rounding, the native kernels and the function bodies against the definition, and bundles."""
+"""The cache in 8 and 4 bits: its rounding, native kernels and function bodies against the definition, and bundles."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from kernel_cases import (
 )
 from tiny import tiny_folder
 
+from edgekit import cache_rows
 from edgekit.bundle import Bundle, DecoderSpec, LayerCache
 from edgekit.checkpoint import open_checkpoint
 from edgekit.compress import compress
@@ -33,7 +34,6 @@ from edgekit.export.sparse import SparseOptions
 from edgekit.export.targets import find_target, host_target
 from edgekit.kernels.attention import read_cache
 from edgekit.kernels.functions import function_bodies
-from edgekit.kernels.reference import round_rows
 from edgekit.model.config import stretched
 from edgekit.model.reference import Rounds, forward
 from edgekit.model.sources import open_model
@@ -56,6 +56,12 @@ SHAPES = [  # tokens, first, kv_heads, group, head_dim, window
     (65, 64, 3, 1, 80, 65),
     (130, 200, 1, 3, 64, -1),
 ]
+CASES = [
+    *((8, *shape) for shape in SHAPES),
+    *((4, *shape) for shape in [*SHAPES, (1, 30, 2, 3, 32, -1), (19, 5, 1, 2, 160, -1)] if shape[4] % 32 == 0),
+]
+NAMES = ("bits", "tokens", "first", "kv_heads", "group", "head_dim", "window")
+BITS = pytest.mark.parametrize("bits", [8, 4])
 
 
 def assert_attends(case: Case, outputs: list[Array], what: str, *, tolerance: float) -> None:
@@ -63,41 +69,47 @@ def assert_attends(case: Case, outputs: list[Array], what: str, *, tolerance: fl
     expected, used = case.reference(), int(case.inputs["last"][0]) + 1
     assert_close(outputs[0], expected[0], tolerance, f"y on {what}")
     for part, wanted in zip(outputs[1:3], expected[1:3], strict=True):
-        apart = np.abs(part[:, :, :used].astype(int) - wanted[:, :, :used])
+        apart = np.abs(whole(part[:, :, :used]) - whole(wanted[:, :, :used]))
         assert apart.max(initial=0) <= 1, what
         assert np.mean(apart) < 1e-3, what
     np.testing.assert_array_max_ulp(outputs[3][:, :, :used], expected[3][:, :, :used], 1)
 
 
+def whole(codes: Array) -> Array:
+    """The numbers of a cache, where there are two in a byte as well."""
+    return (codes if codes.dtype == np.int8 else np.stack([codes & 15, codes >> 4])).astype(int)
+
+
 @needs_library
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-@pytest.mark.parametrize(("tokens", "first", "kv_heads", "group", "head_dim", "window"), SHAPES)
+@pytest.mark.parametrize(NAMES, CASES)
 def test_native_equals_the_definition(
-    tokens: int, first: int, kv_heads: int, group: int, head_dim: int, window: int, normed: bool
+    bits: Literal[8, 4], tokens: int, first: int, kv_heads: int, group: int, head_dim: int, window: int, normed: bool
 ) -> None:
     sizes = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim}
-    case = attention_case(tokens=tokens, first=first, window=window, normed=normed, int8=True, **sizes)  # type: ignore[arg-type]
+    case = attention_case(tokens=tokens, first=first, window=window, normed=normed, bits=bits, **sizes)  # type: ignore[arg-type]
     session = open_session(case.model(), native=True)
     for path in every_path():
         assert_attends(case, session.run(None, case.inputs), path, tolerance=2e-4 if normed else 1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "first", "kv_heads", "group", "head_dim", "window"), SHAPES[1::3])
+@pytest.mark.parametrize(NAMES, CASES[1::3])
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 def test_the_function_equals_the_definition(
-    tokens: int, first: int, kv_heads: int, group: int, head_dim: int, window: int, normed: bool
+    bits: Literal[8, 4], tokens: int, first: int, kv_heads: int, group: int, head_dim: int, window: int, normed: bool
 ) -> None:
     sizes = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim}
-    case = attention_case(tokens=tokens, first=first, window=window, normed=normed, int8=True, **sizes)  # type: ignore[arg-type]
+    case = attention_case(tokens=tokens, first=first, window=window, normed=normed, bits=bits, **sizes)  # type: ignore[arg-type]
     session = open_session(case.model(function_bodies()), native=False)
     assert_attends(case, session.run(None, case.inputs), "stock", tolerance=3e-3)
     assert_attends(case, run_in_place(session, case), "stock, one buffer", tolerance=3e-3)
 
 
 @needs_library
+@BITS
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_the_cache_grows_in_place_or_is_copied(tokens: int) -> None:
-    case = attention_case(tokens=tokens, first=30, kv_heads=2, group=2, head_dim=32, int8=True)
+def test_the_cache_grows_in_place_or_is_copied(bits: Literal[8, 4], tokens: int) -> None:
+    case = attention_case(tokens=tokens, first=30, kv_heads=2, group=2, head_dim=32, bits=bits)
     session = open_session(case.model(), native=True)
     before = {name: values.copy() for name, values in case.inputs.items()}
     copied = session.run(None, case.inputs)
@@ -107,17 +119,18 @@ def test_the_cache_grows_in_place_or_is_copied(tokens: int) -> None:
 
 
 @needs_library
-def test_threads_do_not_change_the_result() -> None:
-    case = attention_case(tokens=1, first=3000, kv_heads=3, group=3, head_dim=64, int8=True)
+@BITS
+def test_threads_do_not_change_the_result(bits: Literal[8, 4]) -> None:
+    case = attention_case(tokens=1, first=3000, kv_heads=3, group=3, head_dim=64, bits=bits)
     one, two = run_natively(case, threads=1), run_natively(case, threads=2)
-    assert all(np.array_equal(a, b, equal_nan=a.dtype != np.int8) for a, b in zip(one, two, strict=True))
+    assert all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(one, two, strict=True))
 
 
 @given(st.integers(0, 1 << 30), st.sampled_from([1e-30, 1e-7, 1e-3, 1.0, 1e4, 1e6]))
 @settings(max_examples=40, deadline=None)
 def test_rows_come_back_within_half_a_step(seed: int, size: float) -> None:
     x = (np.random.default_rng(seed).standard_normal((5, 48)) * size).astype(np.float32)
-    codes, scales = round_rows(x)
+    codes, scales = cache_rows.round_rows(x)
     back = codes * scales[:, None].astype(np.float32)
     usual = scales > 2.0**-14  # below, a float16 has fewer bits, and what is above its peak is cut
     assert (np.abs(back - x)[usual] <= 0.5001 * scales[usual, None].astype(np.float32)).all()
@@ -125,11 +138,28 @@ def test_rows_come_back_within_half_a_step(seed: int, size: float) -> None:
     assert (codes[scales == 0] == 0).all()
 
 
+@given(st.integers(0, 1 << 30), st.sampled_from([32, 64, 96, 160, 256]))
+@settings(max_examples=40, deadline=None)
+def test_rows_in_4_bits_come_back_turned_back(seed: int, head_dim: int) -> None:
+    """A Hadamard matrix changes no length, so the error of a row is what half a step in each channel may be."""
+    x = np.random.default_rng(seed).standard_normal((2, 5, head_dim)).astype(np.float32)
+    x[..., 3] *= 40  # a channel that stands out
+    codes, scales = cache_rows.keep(x, 4)
+    assert codes.shape == (2, 5, head_dim // 2)
+    error = np.linalg.norm(cache_rows.restore(codes, scales) - x, axis=-1)
+    assert (error <= 0.5001 * scales.astype(float) * np.sqrt(head_dim)).all()
+    plain, steps = cache_rows.round_rows(x, 7)
+    assert error.sum() < 0.8 * np.linalg.norm(plain * steps[..., None].astype(float) - x, axis=-1).sum()
+    zeros = cache_rows.keep(np.zeros((1, head_dim), np.float32), 4)
+    assert (cache_rows.restore(*zeros) == 0).all()
+
+
 @needs_library
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_key_that_is_no_number_is_contained_in_its_head(value: float, tokens: int) -> None:
-    case = attention_case(tokens=tokens, first=40, kv_heads=2, group=2, head_dim=32, int8=True)
+@BITS
+def test_a_key_that_is_no_number_is_contained_in_its_head(value: float, tokens: int, bits: Literal[8, 4]) -> None:
+    case = attention_case(tokens=tokens, first=40, kv_heads=2, group=2, head_dim=32, bits=bits)
     qkv = case.inputs["qkv"].copy()
     good = run_natively(case)[0]
     qkv[0, 0, 4 * 32 + 5] = value  # the first head's key
@@ -151,12 +181,12 @@ def test_a_key_that_is_no_number_is_contained_in_its_head(value: float, tokens: 
     ],
 )
 def test_what_is_wrong_is_refused(changes: dict[str, Any], message: str) -> None:
-    case = attention_case(tokens=3, first=40, kv_heads=2, group=2, head_dim=32, int8=True).changed(**changes)
+    case = attention_case(tokens=3, first=40, kv_heads=2, group=2, head_dim=32, bits=8).changed(**changes)
     with pytest.raises(Exception, match=message):
         run_natively(case)
 
 
-def test_the_cache_takes_half_the_memory_and_the_plan_says_so() -> None:
+def test_the_cache_takes_less_memory_and_the_plan_says_so() -> None:
     facts: dict[str, Any] = {
         "architecture": "a",
         "target": "x86",
@@ -165,9 +195,10 @@ def test_the_cache_takes_half_the_memory_and_the_plan_says_so() -> None:
         "eos_ids": (),
     }
     facts |= {"resident_bytes": 1, "activation_bytes": 1, "operators": "edgekit", "layers": (LayerCache(3, 64),) * 2}
-    half, small = DecoderSpec(**facts), DecoderSpec(**facts, cache="int8")
+    half, small, least = (DecoderSpec(**facts, cache=cache) for cache in ("float", "int8", "int4"))
     assert half.cache_bytes(100) == 2 * 100 * 3 * 2 * 64 * 2
     assert small.cache_bytes(100) == 2 * 100 * 3 * 2 * (64 + 2) == plan_memory(small, context=100).cache_bytes
+    assert least.cache_bytes(100) == 2 * 100 * 3 * 2 * (32 + 2) == plan_memory(least, context=100).cache_bytes
     assert '"cache"' not in half.to_json()
     assert '"cache": "int8"' in small.to_json()
     with pytest.raises(ModelError, match="must come with our operators"):
@@ -218,13 +249,54 @@ def test_kept_prefixes_hold_codes_and_scales(bundle: Path, tmp_path: Path) -> No
         np.testing.assert_array_equal(first.engine.forward([token]), second.engine.forward([token]))
 
 
-def test_a_cache_in_8_bits_needs_our_operators(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a cache in 8 bits needs our operators"):
+def test_a_cache_of_whole_numbers_needs_our_operators(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--cache int8 needs our operators"):
         export(open_checkpoint(bundle / "small"), tmp_path / "out", target=find_target("portable"), cache="int8")
 
 
-def test_what_the_cache_reads_back_is_what_was_kept() -> None:
-    case = attention_case(tokens=4, first=9, kv_heads=2, head_dim=16, int8=True)
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose heads have 32 channels, and its bundle with a cache in 4 bits."""
+    folder = tmp_path_factory.mktemp("int4")
+    source = tiny_folder(folder / "source", layers=3, hidden=128, heads=4, kv_heads=2)
+    compress(open_model(str(source)), load_recipe("int4"), folder / "small")
+    export(
+        open_checkpoint(folder / "small"),
+        folder / "int4",
+        target=find_target(host_target()),
+        cache="int4",
+        accept_drift=True,
+    )
+    return folder
+
+
+@needs_library
+def test_a_bundle_in_4_bits_drifts_as_the_rounding_does(wide: Path) -> None:
+    ids = np.random.default_rng(0).integers(3, 300, 60).tolist()
+    checkpoint = open_checkpoint(wide / "small")
+    exact = forward(checkpoint, [ids])[0]
+    expected = forward(checkpoint, [ids], rounds=Rounds(16383, cache="int4"))[0]
+    session = Session.open(wide / "int4", threads=1)
+    for logits in (session.engine.forward(ids, keep=60).copy(), all_logits(session.engine, ids)):
+        assert np.std(logits - expected) < 0.7 * np.std(logits - exact)
+    spec = Bundle.open(wide / "int4").spec
+    assert (spec.cache_type, spec.token_bytes) == (np.uint8, 3 * 2 * 2 * (16 + 2))
+    assert session.memory.cache_bytes == spec.cache_bytes(session.engine.context)
+
+
+@needs_library
+def test_what_a_cache_in_4_bits_cannot_do_is_refused(wide: Path, bundle: Path, tmp_path: Path) -> None:
+    host = find_target(host_target())
+    with pytest.raises(UserError, match="4 bits is for dense attention"):
+        export(open_checkpoint(wide / "small"), tmp_path / "a", target=host, cache="int4", sparse=SparseOptions())
+    with pytest.raises(UserError, match=r"multiple of 32 channels: the model's have 16; pass --cache int8"):
+        export(open_checkpoint(bundle / "small"), tmp_path / "b", target=host, cache="int4")
+    assert not list(tmp_path.iterdir())
+
+
+@BITS
+def test_what_the_cache_reads_back_is_what_was_kept(bits: Literal[8, 4]) -> None:
+    case = attention_case(tokens=4, first=9, kv_heads=2, head_dim=32, bits=bits)
     _, *present = case.reference()
     before, after = (
         read_cache([case.inputs[f"past_{part}"] for part in ("key", "value", "scales")], 9),
