@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgekit.errors import UserError
-from edgekit.profile.compare import Pairs, compare, judge_pairs, machine_moved
+from edgekit.profile.compare import Pairs, compare, judge_pairs, machine_varied
 from edgekit.profile.pace import COMPUTING, READING
 from edgekit.report import Measurement, Report
 
@@ -168,11 +168,18 @@ def test_what_the_machine_did_is_no_verdict_on_the_model(before, after, told):
     assert words.count(told) >= 19
 
 
-def test_the_factors_by_which_the_machine_moved_are_told():
+def test_how_much_the_machine_varied_is_told():
     generator = np.random.default_rng(0)
-    moved = machine_moved(run(1.0, generator), run(1.0, generator, pace=0.5))
-    assert moved == (pytest.approx(0.5, rel=0.05), pytest.approx(1.0, rel=0.05))
-    assert machine_moved(report(FEW), report(MORE)) == ()
+    assert machine_varied(run(1.0, generator), run(1.0, generator)) < 0.05
+    assert machine_varied(run(1.0, generator), run(1.0, generator, pace=0.5)) == pytest.approx(np.log(2), rel=0.05)
+    assert machine_varied(report(FEW), report(MORE)) == 0
+
+    def modes(*paces: float) -> Report:
+        return Report("r", (Measurement(COMPUTING, paces[0], "Gop/s"),), samples={COMPUTING: paces})
+
+    assert machine_varied(modes(2, 2, 2, 2, 1), modes(2, 2, 2, 2, 2)) == 0  # one disturbed sample is no mode
+    assert machine_varied(modes(2, 2, 2, 1, 1), modes(2, 2, 2, 2, 2)) == pytest.approx(np.log(2))
+    assert machine_varied(modes(0, 0, 0), modes(2, 2, 2)) == 0
 
 
 def pairs(name: str, ratios) -> Pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.device import load_device
 from edgekit.export.contract import contracted
 from edgekit.export.export import export
+from edgekit.export.parity import DriftError
 from edgekit.export.targets import TARGETS
 from edgekit.model.reference import forward
 from edgekit.tn.cost import Cost, cost_of_dense, cost_of_rank
@@ -73,6 +75,19 @@ def test_what_rounding_a_product_costs_is_recorded(rounded: Checkpoint, tmp_path
     moved = {row.name: row.value for row in report.measurements}["contracted products: mean KL to the factors"]
     assert moved is not None
     assert 0 < moved < 1
+
+
+def test_rounding_a_product_too_far_is_refused_and_factors_may_be_kept(
+    rounded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.export.export.CONTRACTED_KL", 1e-9)
+    where: dict[str, Any] = {"target": TARGETS["portable"], "device": load_device("pi5")}
+    with pytest.raises(DriftError, match="pass --factors keep for the slower model, --accept-drift for this one"):
+        export(rounded, tmp_path / "refused", **where)
+    assert not list(tmp_path.iterdir())
+    assert export(rounded, tmp_path / "accepted", **where, accept_drift=True).measurements
+    report = export(rounded, tmp_path / "kept", **where, factors="keep")
+    assert not [row for row in report.measurements if "factor" in row.name]
 
 
 def test_a_slow_device_keeps_them(floats: Checkpoint) -> None:

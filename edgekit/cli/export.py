@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -49,6 +49,12 @@ if TYPE_CHECKING:
     help="Bits of activations in our operators; 8: fewer instructions a token, less exact. Default 15.",
 )
 @click.option(
+    "--factors",
+    type=click.Choice(["auto", "keep"]),
+    default="auto",
+    help="auto: multiply out what is slower in factors on the device; keep: leave them, smaller and slower.",
+)
+@click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text to fit sparse attention or an NPU's ranges to; default: our own.",
@@ -70,6 +76,7 @@ def export(
     budget: int | None,
     dense_below: int | None,
     activations: str | None,
+    factors: Literal["auto", "keep"],
     calibration: Path | None,
     wheelhouse: bool,
     force: bool,
@@ -157,6 +164,7 @@ def export(
                 sparse=sparse,
                 cache=cache,
                 activations=8 if activations == "8" else 15,
+                factors=factors,
                 calibration=text,
                 wheelhouse=wheelhouse,
                 force=force,

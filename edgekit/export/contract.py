@@ -2,11 +2,12 @@
 
 Factors are kept where they are predicted no slower than the matrices at the same bits, for a token and for a prompt
 (`edgekit.tn.cost`). Matrices that read the same input are decided together: as matrices they are one node of our graph
-(q, k and v; gate and up), as factors each is two, and norm, activation and joining are nodes of their own. Else the
-product takes the factors' place: of float factors as floats, exactly, of quantised ones on the factors' own grid, with
-searched scales, so that the model is no slower than one that was never factored. That rounds once more, and how far it
-takes the model is measured and recorded. To avoid it, name the device in the recipe (`device` of `tn.lowrank`), which
-then leaves such matrices.
+(q, k and v; gate and up), as factors each is two, and norm, activation and joining are nodes of their own.
+
+Else the product takes the factors' place: of float factors as floats, exactly, of quantised ones on the factors' own
+grid, with searched scales, so that the model is no slower than one that was never factored. That rounds once more: how
+far it takes the model is measured and recorded, and beyond a bound refused (`edgekit.export.export`). To avoid it, name
+the device in the recipe (`device` of `tn.lowrank`), which then leaves such matrices.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from edgekit.report import Measurement
 from edgekit.tn.cost import NODE_SECONDS, Cost, bandwidth_gbs, cost_of, cost_of_dense
 from edgekit.weight import Factored, Quantized
 
+SLACK = 1.03  # what the model of costs and two runs of one model may be off by: it is no reason to round once more
 # What our graph makes one node of, and the nodes that it takes beside the products where it cannot.
 TOGETHER = (
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 2),  # norm, joining
@@ -91,7 +93,7 @@ def _decision(checkpoint: Checkpoint, modules: tuple[str, ...], beside: int, dev
         bits = 8 * weight.size_bytes / own.numbers
         dense += cost_of_dense(weight.shape, bits=bits, device=device) if isinstance(weight, Factored) else own
     factors, dense = factors.with_nodes(beside), dense.with_nodes(1 - len(modules))
-    return factors.pays_against(dense), f"{1e6 * factors.seconds:.1f} us for {1e6 * dense.seconds:.1f} us"
+    return factors.pays_against(dense, slack=SLACK), f"{1e6 * factors.seconds:.1f} us for {1e6 * dense.seconds:.1f} us"
 
 
 def _grid(weight: Factored) -> Grid | None:

@@ -43,6 +43,7 @@ from edgekit.runtime.text import whole
 
 PACKING = 1.2  # onnxruntime's packed copy of quantised weights holds block sums beside codes and scales (docs/log.md)
 LONGEST = 32768  # tokens of rotary tables, unless asked for more
+CONTRACTED_KL = 0.05  # nats: what rounding the products of factors once more may cost unasked
 CHECKED = 64  # tokens of each prompt that are compared with the NumPy forward
 
 
@@ -57,6 +58,7 @@ def export(
     sparse: SparseOptions | None = None,
     cache: CacheType = "float16",
     activations: Literal[8, 15] = 15,
+    factors: Literal["auto", "keep"] = "auto",
     calibration: str | None = None,
     wheelhouse: bool = False,
     force: bool = False,
@@ -66,7 +68,8 @@ def export(
     """Write a bundle to `output`; `on_progress` is told each stage.
 
     `rope_scaling`, a kind and a factor, makes the context longer than the trained one, and the report says so.
-    A factored matrix whose factors would be slower than the matrix on the device is multiplied out: see `contract`.
+    A factored matrix whose factors would be slower than the matrix on the device is multiplied out (see `contract`),
+    unless `factors` are to be kept.
     With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
     default one that the model writes itself. `cache` is what keys and values are kept in, where the target has our
     operators; stock graphs keep float32. `activations` are the bits that our operators round activations to when
@@ -86,9 +89,15 @@ def export(
     if not 0 < longest <= config.context_length:
         raise UserError(f"--context must be from 1 to the model's {config.context_length}: got {context}")
     refuse_overlap(checkpoint, output)
-    original, ours = checkpoint, target.native and library_path() is not None
-    machine = device or (load_device(target.device) if target.device else None)
-    checkpoint, decided = contracted(checkpoint, machine, native=ours)
+    ours = target.native and library_path() is not None
+    decided: tuple[Measurement, ...] = ()
+    if factors == "auto":
+        machine = device or (load_device(target.device) if target.device else None)
+        whole_matrices, decided = contracted(checkpoint, machine, native=ours)
+        if whole_matrices is not checkpoint:
+            on_progress("measuring what is multiplied out")
+            decided = (*decided, _moved(checkpoint, whole_matrices, accept_drift=accept_drift))
+            checkpoint = whole_matrices
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = ours and runs_natively(checkpoint)
@@ -169,9 +178,6 @@ def export(
         if rope_scaling is not None:
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
-        if checkpoint is not original:
-            on_progress("measuring what was multiplied out")
-            measured = (*measured, _moved(original, checkpoint))
         measured = (*measured, *decided)
         if target.arch == "aarch64":
             on_progress("packing what starts it on the device")
@@ -248,11 +254,17 @@ def _check(
     return (*parity, sentence(engine, tokenizer, sequences[0]))
 
 
-def _moved(original: Checkpoint, contracted: Checkpoint) -> Measurement:
-    """How far the model with products in place of factors is from the one that it was made of."""
+def _moved(original: Checkpoint, contracted: Checkpoint, *, accept_drift: bool) -> Measurement:
+    """How far the model with products in place of factors is from the one that it was made of. Raises DriftError."""
     sequences = _sequences(open_tokenizer(original), min(CHECKED, original.decoder.context_length))
     pairs = zip(forward(original, sequences), forward(contracted, sequences), strict=True)
     kl = float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
+    if kl > CONTRACTED_KL and not accept_drift:
+        raise DriftError(
+            "factors are slower than matrices here, and rounding their products to the same bits moves the model too far:"
+            f" mean KL {kl:.2g} (bound {CONTRACTED_KL:g}); pass --factors keep for the slower model, --accept-drift for"
+            " this one, or name the device in the recipe's tn.lowrank, which then leaves such matrices whole"
+        )
     return Measurement("contracted products: mean KL to the factors", kl, "nat", n=sum(map(len, sequences)))
 
 

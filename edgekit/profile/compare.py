@@ -6,11 +6,11 @@ number of repetitions, so independent samples of one thing are told apart at mos
 fewer than 4 repetitions on each side.
 
 What no statistic of samples sees is what shifts a whole run: another process, heat, memory layout. Three things stand
-against it. The 2% allow for a little of it. Each run also measured the machine itself (`edgekit.profile.pace`): a
-verdict on speed must hold with the samples as they are and after dividing out how the machine's pace moved between the
-runs. And what drifted within the runs counts as what may lie between them: the ratio must leave 1 by more than the
-runs' halves differ. On a busy machine let two bundles take turns instead (`edgekit.profile.turns`), whose samples are
-pairs.
+against it. The 2% allow for a little of it. Each run also measured the machine itself (`edgekit.profile.pace`): on
+speed the ratio must leave 1 by more than the machine's own pace varied, in both runs together and without each run's
+highest and lowest. And what drifted within the runs counts as what may lie between them: the ratio must leave 1 by more
+than the runs' halves differ. On a busy machine let two bundles take turns instead (`edgekit.profile.turns`), whose
+samples are pairs.
 Source: T. Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong, ASPLOS 2009; the rule is ours.
 """
 
@@ -69,9 +69,9 @@ def compare(a: Report, b: Report, *, force: bool = False) -> tuple[Verdict, ...]
     if not force:
         _refuse_other_machine(a, b)
     others = {measurement.name: measurement for measurement in b.measurements}
-    moved = machine_moved(a, b)
+    varied = machine_varied(a, b)
     verdicts = tuple(
-        _judge(row, others[row.name], a.samples.get(row.name, ()), b.samples.get(row.name, ()), moved)
+        _judge(row, others[row.name], a.samples.get(row.name, ()), b.samples.get(row.name, ()), varied)
         for row in a.measurements
         if row.name in others
     )
@@ -93,15 +93,16 @@ def _refuse_other_machine(a: Report, b: Report) -> None:
             )
 
 
-def machine_moved(a: Report, b: Report) -> tuple[float, ...]:
-    """By which factors the machine's own pace changed from one run to the other: reading, computing; 1 is not at
-    all."""
-    found = []
+def machine_varied(a: Report, b: Report) -> float:
+    """By how much the machine's own pace varied in two runs, as a logarithm: the larger of reading and computing, each
+    from the highest to the lowest sample of both runs when each run's own highest and lowest are left out."""
+    found = [0.0]
     for name in (READING, COMPUTING):
-        before, after = a.samples.get(name, ()), b.samples.get(name, ())
-        if before and after and min(*before, *after) > 0:
-            found.append(float(np.median(after) / np.median(before)))
-    return tuple(found)
+        runs = [sorted(report.samples.get(name, ())) for report in (a, b)]
+        usual = [x for run in runs for x in (run[1:-1] if len(run) > 2 else run)]
+        if all(runs) and min(usual) > 0:
+            found.append(math.log(max(usual) / min(usual)))
+    return max(found)
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,14 @@ def _judge(
     b: Measurement,
     before: tuple[float, ...],
     after: tuple[float, ...],
-    moved: tuple[float, ...],
+    varied: float,
 ) -> Verdict:
     if a.unit != b.unit:
         return _cannot_tell(a, b, f"the units differ: {a.unit} and {b.unit}")
     if not before or not after:
         return _cannot_tell(a, b, "no raw samples to judge by")
     found = difference(before, after)
-    note = _doubt(found, min(len(before), len(after))) or _shift(found, a, before, after, moved)
+    note = _doubt(found, min(len(before), len(after))) or _shift(found, a, before, after, varied)
     word: Word = "cannot tell" if note else _word(a.unit, rose=(found.ratio or 1) > 1)
     return Verdict(a.name, a.unit, a.value, b.value, found.ratio, found.low, found.high, found.p_value, word, note)
 
@@ -150,21 +151,16 @@ def _cannot_tell(a: Measurement, b: Measurement, note: str) -> Verdict:
     return Verdict(a.name, a.unit, a.value, b.value, None, None, None, None, "cannot tell", note)
 
 
-def _shift(
-    found: Difference, row: Measurement, a: tuple[float, ...], b: tuple[float, ...], moved: tuple[float, ...]
-) -> str:
+def _shift(found: Difference, row: Measurement, a: tuple[float, ...], b: tuple[float, ...], varied: float) -> str:
     """Why a difference may come from the machine, "" when it does not; only times and rates have such a doubt."""
     kind = _word(row.unit, rose=True)
     if kind not in ("faster", "slower") or found.ratio is None or row.name in (READING, COMPUTING):
         return ""
-    change = math.log(found.ratio)
-    for factor in moved:
-        pace = math.log(factor) if kind == "faster" else -math.log(factor)
-        rest = change - pace
-        if pace * change > 0 and (rest * change <= 0 or abs(rest) < LEAST_CHANGE):
-            return f"the machine itself was {factor - 1:+.0%} as fast in the second run; let the bundles take turns"
+    change = abs(math.log(found.ratio))
+    if varied and change < varied + LEAST_CHANGE:
+        return f"the machine itself varied by {math.expm1(varied):.0%} in these runs; let the bundles take turns"
     wander = max(_wander(a), _wander(b))
-    if abs(change) <= wander:
+    if change <= wander:
         return f"within the runs the figures drifted by {wander:.0%}; let the bundles take turns"
     return ""
 

@@ -35,9 +35,9 @@ class Cost:
         """The same with `more` nodes, which may be below 0."""
         return replace(self, nodes=self.nodes + more, seconds=self.seconds + more * NODE_SECONDS)
 
-    def pays_against(self, other: Cost) -> bool:
-        """Whether this is no slower than `other`, for a token and for a prompt."""
-        return self.seconds <= other.seconds and self.multiplications <= other.multiplications
+    def pays_against(self, other: Cost, *, slack: float = 1.0) -> bool:
+        """Whether this is no slower than `other`, for a token and for a prompt; within `slack` for the token."""
+        return self.seconds <= slack * other.seconds and self.multiplications <= other.multiplications
 
 
 def bandwidth_gbs(device: Device | None) -> float:
