@@ -231,7 +231,7 @@ def compressed(
     """The folder of the model after `steps`, calibrated on Wikipedia and C4."""
     files = tuple(str(data(f"text/{name}")) for name in TEXTS)
     recipe = Recipe(output.name, "", steps, calibration=CalibrationOptions(files, samples))
-    compress(source or open_model(MODEL_NAME), recipe, output, compute=compute)
+    compress(source or open_model(MODEL_NAME), recipe, output, compute=compute, resume=True)
     return open_checkpoint(output)
 
 

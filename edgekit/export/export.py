@@ -261,9 +261,9 @@ def _moved(original: Checkpoint, contracted: Checkpoint, *, accept_drift: bool) 
     kl = float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
     if kl > CONTRACTED_KL and not accept_drift:
         raise DriftError(
-            "factors are slower than matrices here, and rounding their products to the same bits moves the model too far:"
-            f" mean KL {kl:.2g} (bound {CONTRACTED_KL:g}); pass --factors keep for the slower model, --accept-drift for"
-            " this one, or name the device in the recipe's tn.lowrank, which then leaves such matrices whole"
+            "factors are slower than matrices here, and rounding their products to the same bits moves the model too"
+            f" far: KL {kl:.2g} (bound {CONTRACTED_KL:g}); pass --factors keep for the slower model, --accept-drift"
+            " for this one, or name the device in the recipe's tn.lowrank, which then leaves such matrices whole"
         )
     return Measurement("contracted products: mean KL to the factors", kl, "nat", n=sum(map(len, sequences)))
 
