@@ -70,8 +70,8 @@ _ATTENTION = (
 )
 
 # The new rows are rounded and written into the cache, which is made float16 for onnxruntime's operator: all of it, for
-# every token. That operator writes the new rows once more, where they are. The bits of a cache say what LIMIT is, and
-# what stands for TURN, PACK, UNPACK, BACK and NEW_BACK.
+# every token. That operator writes the new rows once more, where they are. The bits of a cache say what stands
+# for MOST, LEAST, STEP, TURN, PACK, UNPACK, BACK and NEW_BACK.
 _ATTENTION_WHOLE = (
     (
         _TURNED
@@ -83,15 +83,16 @@ _ATTENTION_WHOLE = (
   new_rows = Reshape (new_flat, rows_shape)
   plain_rows = Transpose <perm = [0, 2, 1, 3]> (new_rows)
   TURN
-  most = Constant <value_float = LIMIT> ()
-  least = Constant <value_float = -LIMIT> ()
+  most = Constant <value_float = MOST> ()
+  least = Constant <value_float = LEAST> ()
   nothing = Constant <value_float = 0.0> ()
   sizes = Abs (rows)
   peaks = ReduceMax (sizes, rest)
-  exact_steps = Div (peaks, most)
+  STEP
   step_halves = Cast <to = 10> (exact_steps)
   steps = Cast <to = 1> (step_halves)
-  has_step = Greater (steps, nothing)
+  step_sizes = Abs (steps)
+  has_step = Greater (step_sizes, nothing)
   inverse_steps = Reciprocal (steps)
   factors = Where (has_step, inverse_steps, nothing)
   scaled = Mul (rows, factors)
@@ -136,7 +137,9 @@ _ATTENTION_WHOLE = (
 )
 
 _INT8 = {
-    "LIMIT": "127.0",
+    "MOST": "127.0",
+    "LEAST": "-127.0",
+    "STEP": "exact_steps = Div (peaks, most)",
     "TURN": "rows = Identity (plain_rows)",
     "UNPACK": "all_whole = Identity (code_floats)",
     "PACK": "codes = Cast <to = 3> (clipped)",
@@ -146,7 +149,16 @@ _INT8 = {
 
 # The Hadamard matrix has -1 where the places in a run share an odd number of bits: halving folds them into the last.
 _INT4 = {
-    "LIMIT": "7.0",
+    "MOST": "7.0",
+    "LEAST": "-8.0",
+    "STEP": """
+  highs = ReduceMax (rows, rest)
+  is_high = Equal (highs, peaks)
+  falling = Neg (peaks)
+  largest = Where (is_high, falling, peaks)
+  eighth = Constant <value_float = 8.0> ()
+  exact_steps = Div (largest, eighth)
+""",
     "TURN": """
   places_end = Constant <value_int = 0> ()
   places_step = Constant <value_int = 1> ()

@@ -415,7 +415,7 @@ void round_rows(const Path& path, Kept& kept, Random& random, Findings& found) {
     kept.scales[r] = path.round_row(row.data(), kept.head_dim, kept.bits, kept.codes.data() + r * kept.head_dim * kept.bits / 8);
     const double scale = half_value(kept.scales[r]);
     for (int64_t i = 0; i < kept.head_dim; ++i) {
-      found.expect(std::abs(kept.code(r, i) * scale - row[i]) <= 0.501 * scale, "round_row: a code is too far");
+      found.expect(std::abs(kept.code(r, i) * scale - row[i]) <= (kept.bits == 8 ? 0.501 : 1.002) * std::abs(scale), "round_row: a code is too far");
     }
   }
   found.add(kept.codes);

@@ -27,29 +27,32 @@ void hadamard(float* x, int64_t rows, int64_t head_dim) {
   }
 }
 
-// A row as whole numbers up to `limit` either side of zero; returns their scale. A row with something that is not a
-// number has none either.
-uint16_t round_whole(const float* x, int64_t count, float limit, int8_t* codes) {
-  Floats peak = zeros();
+// A row as whole numbers; returns their scale. A row with something that is not a number has none either.
+uint16_t round_whole(const float* x, int64_t count, int bits, int8_t* codes) {
+  Floats peaks = zeros(), highs = zeros();
   unsigned numbers = 0xffff;
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats v = load(x + i);
-    peak = max(magnitude(v), peak);
+    peaks = max(magnitude(v), peaks);
+    highs = max(v, highs);
     numbers &= at_most(v, v);
   }
+  // Of 4 bits the largest becomes -8, so that all sixteen numbers are used.
+  const float peak = largest(peaks), step = bits == 8 ? peak / 127.0f : (largest(highs) == peak ? -peak : peak) / 8.0f;
   uint16_t halves[kLanes];
-  store_half(halves, all(numbers == 0xffff ? largest(peak) / limit : NAN));
+  store_half(halves, all(numbers == 0xffff ? step : NAN));
   float scales[kLanes];
   store(scales, load_half(halves));
-  const Floats inverse = all(scales[0] > 0.0f ? 1.0f / scales[0] : 0.0f), most = all(limit), least = all(-limit);
+  const Floats inverse = all(scales[0] > 0.0f || scales[0] < 0.0f ? 1.0f / scales[0] : 0.0f);
+  const Floats most = all(bits == 8 ? 127.0f : 7.0f), least = all(bits == 8 ? -127.0f : -8.0f);
   for (int64_t i = 0; i < count; i += kLanes) store_codes(codes + i, max(min(round(mul(load(x + i), inverse)), most), least));
   return halves[0];
 }
 
 uint16_t round_row(const float* x, int64_t count, int bits, uint8_t* codes) {
-  if (bits == 8) return round_whole(x, count, 127.0f, reinterpret_cast<int8_t*>(codes));
+  if (bits == 8) return round_whole(x, count, bits, reinterpret_cast<int8_t*>(codes));
   int8_t whole[kMostChannels];
-  const uint16_t scale = round_whole(x, count, 7.0f, whole);
+  const uint16_t scale = round_whole(x, count, bits, whole);
   for (int64_t i = 0; i < count / 2; ++i) codes[i] = static_cast<uint8_t>((whole[i] + 8) | (whole[i + count / 2] + 8) << 4);
   return scale;
 }

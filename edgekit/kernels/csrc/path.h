@@ -87,7 +87,7 @@ struct Epilogue {
 };
 
 // Keys or values of one key-value head, [positions][head_dim]: float16, or whole numbers that a float16 scale a row
-// multiplies. Of 8 bits they are -127..127; of 4 bits -7..7, plus 8, of Hadamard-transformed rows, and byte i of a row
+// multiplies. Of 8 bits they are -127..127; of 4 bits -8..7, plus 8, of Hadamard-transformed rows, and byte i of a row
 // holds channel i in its low half and channel i + head_dim / 2 in its high half.
 struct Rows {
   const void* data;
