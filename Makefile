@@ -54,7 +54,8 @@ kernels-asan: $(VENV)/.dev ## run the kernels under the address, undefined and t
 	@# A weak function of one path could end up in all: the linker keeps one copy.
 	@! nm `find build/kernels-asan -name 'path_*.o'` | grep ' W '
 	$(PRELOAD) EDGEKIT_KERNELS=build/kernels-asan/_edgekit_kernels.so $(BIN)/python -m pytest \
-		tests/test_kernels.py tests/test_kernel_errors.py tests/test_library.py tests/test_sparse.py tests/test_peak.py
+		tests/test_kernels.py tests/test_kernel_errors.py tests/test_library.py tests/test_whole_cache.py tests/test_sparse.py \
+		tests/test_peak.py
 	$(call SANITIZE,kernels-tsan,thread)
 	build/kernels-tsan/driver threads
 
