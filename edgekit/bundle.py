@@ -129,6 +129,11 @@ class DecoderSpec:
         return np.dtype(np.float16 if self.operators == "edgekit" else np.float32)
 
     @property
+    def cache_name(self) -> str:
+        """What keys and values are kept in, for people: float16, int4 and so on."""
+        return str(self.cache_type) if self.cache == "float" else self.cache
+
+    @property
     def sparse(self) -> bool:
         """Whether there are sparse layers."""
         return any(layer.sparse for layer in self.layers)

@@ -272,7 +272,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_library
-def test_a_bundle_in_4_bits_drifts_as_the_rounding_does(wide: Path) -> None:
+def test_a_bundle_in_4_bits_drifts_as_the_rounding_does(wide: Path, bundle: Path) -> None:
     ids = np.random.default_rng(0).integers(3, 300, 60).tolist()
     checkpoint = open_checkpoint(wide / "small")
     exact = forward(checkpoint, [ids])[0]
@@ -281,7 +281,8 @@ def test_a_bundle_in_4_bits_drifts_as_the_rounding_does(wide: Path) -> None:
     for logits in (session.engine.forward(ids, keep=60).copy(), all_logits(session.engine, ids)):
         assert np.std(logits - expected) < 0.7 * np.std(logits - exact)
     spec = Bundle.open(wide / "int4").spec
-    assert (spec.cache_type, spec.token_bytes) == (np.uint8, 3 * 2 * 2 * (16 + 2))
+    assert (spec.cache_type, spec.cache_name, spec.token_bytes) == (np.uint8, "int4", 3 * 2 * 2 * (16 + 2))
+    assert Bundle.open(bundle / "float16").spec.cache_name == "float16"
     assert session.memory.cache_bytes == spec.cache_bytes(session.engine.context)
 
 

@@ -72,7 +72,7 @@ def _inspect_bundle(path: Path, *, as_json: bool) -> None:
     _print_history(bundle.manifest)
     _print(
         f"{spec.architecture} for {spec.target}: {len(spec.layers)} layers, vocabulary {spec.vocabulary},"
-        f" context {spec.context_length}, cache {size(spec.token_bytes)} a token ({spec.cache_type})"
+        f" context {spec.context_length}, cache {size(spec.token_bytes)} a token ({spec.cache_name})"
     )
 
 

@@ -304,7 +304,7 @@ def _flags(found: Findings, before: Health, after: Health, cpu: Cpu | None, late
 
 
 def _conditions(bundle: Bundle, found: Findings, health: Health, cpu: Cpu | None) -> dict[str, str]:
-    facts = {"context": str(found.options.context), "cache type": str(bundle.spec.cache_type)}
+    facts = {"context": str(found.options.context), "cache type": bundle.spec.cache_name}
     if health.temperature_c is not None:
         facts["temperature"] = f"{health.temperature_c:.0f} °C before"
     if health.mhz is not None:
