@@ -61,24 +61,24 @@ def norm_attention(
     return _dense(qkv, (past_key, past_value), last, cos, sin, norms=(q_norm, k_norm), **attributes)
 
 
-def attention_int8(
+def attention_whole(
     qkv: Floats,
-    past_key: SignedBytes,
-    past_value: SignedBytes,
+    past_key: SignedBytes | Bytes,
+    past_value: SignedBytes | Bytes,
     past_scales: Halves,
     last: NDArray[np.int32],
     cos: Floats,
     sin: Floats,
     **attributes: Any,
 ) -> tuple[Array, ...]:
-    """`attention` over a cache in 8 bits; also returns present_scales."""
+    """`attention` over a cache in 8 or 4 bits; also returns present_scales."""
     return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, **attributes)
 
 
-def norm_attention_int8(
+def norm_attention_whole(
     qkv: Floats,
-    past_key: SignedBytes,
-    past_value: SignedBytes,
+    past_key: SignedBytes | Bytes,
+    past_value: SignedBytes | Bytes,
     past_scales: Halves,
     last: NDArray[np.int32],
     cos: Floats,
@@ -87,37 +87,7 @@ def norm_attention_int8(
     k_norm: Floats,
     **attributes: Any,
 ) -> tuple[Array, ...]:
-    """`norm_attention` over a cache in 8 bits; also returns present_scales."""
-    return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, norms=(q_norm, k_norm), **attributes)
-
-
-def attention_int4(
-    qkv: Floats,
-    past_key: Bytes,
-    past_value: Bytes,
-    past_scales: Halves,
-    last: NDArray[np.int32],
-    cos: Floats,
-    sin: Floats,
-    **attributes: Any,
-) -> tuple[Array, ...]:
-    """`attention` over a cache in 4 bits; also returns present_scales."""
-    return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, **attributes)
-
-
-def norm_attention_int4(
-    qkv: Floats,
-    past_key: Bytes,
-    past_value: Bytes,
-    past_scales: Halves,
-    last: NDArray[np.int32],
-    cos: Floats,
-    sin: Floats,
-    q_norm: Floats,
-    k_norm: Floats,
-    **attributes: Any,
-) -> tuple[Array, ...]:
-    """`norm_attention` over a cache in 4 bits; also returns present_scales."""
+    """`norm_attention` over a cache in 8 or 4 bits; also returns present_scales."""
     return _dense(qkv, (past_key, past_value, past_scales), last, cos, sin, norms=(q_norm, k_norm), **attributes)
 
 

@@ -71,7 +71,7 @@ _ATTENTION = (
 
 # The new rows are rounded and written into the cache, which is made float16 for onnxruntime's operator: all of it, for
 # every token. That operator writes the new rows once more, where they are. The bits of a cache say what stands
-# for MOST, LEAST, STEP, TURN, PACK, UNPACK, BACK and NEW_BACK.
+# for MOST, LEAST, STEP, TURN, WRITTEN, READ, OLD_ROWS and NEW_ROWS, of which none is a part of another.
 _ATTENTION_WHOLE = (
     (
         _TURNED
@@ -98,7 +98,7 @@ _ATTENTION_WHOLE = (
   scaled = Mul (rows, factors)
   whole = Round (scaled)
   clipped = Clip (whole, least, most)
-  PACK
+  WRITTEN
   new_key, new_value = Split <axis = 1, num_outputs = 2> (codes)
   new_scales = Squeeze (step_halves, rest)
   first_place = Squeeze (position)
@@ -115,15 +115,15 @@ _ATTENTION_WHOLE = (
   present_scales = ScatterElements <axis = 2> (past_scales, scale_places, new_scales)
   all_codes = Concat <axis = 1> (present_key, present_value)
   code_floats = Cast <to = 1> (all_codes)
-  UNPACK
+  READ
   all_scales = Cast <to = 1> (present_scales)
   scale_columns = Unsqueeze (all_scales, rest)
   kept_rows = Mul (all_whole, scale_columns)
-  BACK
+  OLD_ROWS
   all_halves = Cast <to = 10> (all_rows)
   half_key, half_value = Split <axis = 1, num_outputs = 2> (all_halves)
   new_kept = Mul (clipped, steps)
-  NEW_BACK
+  NEW_ROWS
   rounded_rows = Transpose <perm = [0, 2, 1, 3]> (rounded)
   flat_rows_shape = Constant <value_ints = [0, 0, -1]> ()
   rounded_flat = Reshape (rounded_rows, flat_rows_shape)
@@ -141,10 +141,10 @@ _INT8 = {
     "LEAST": "-127.0",
     "STEP": "exact_steps = Div (peaks, most)",
     "TURN": "rows = Identity (plain_rows)",
-    "UNPACK": "all_whole = Identity (code_floats)",
-    "PACK": "codes = Cast <to = 3> (clipped)",
-    "NEW_BACK": "rounded = Identity (new_kept)",
-    "BACK": "all_rows = Identity (kept_rows)",
+    "READ": "all_whole = Identity (code_floats)",
+    "WRITTEN": "codes = Cast <to = 3> (clipped)",
+    "NEW_ROWS": "rounded = Identity (new_kept)",
+    "OLD_ROWS": "all_rows = Identity (kept_rows)",
 }
 
 # The Hadamard matrix has -1 where the places in a run share an odd number of bits: halving folds them into the last.
@@ -160,9 +160,9 @@ _INT4 = {
   exact_steps = Div (largest, eighth)
 """,
     "TURN": """
-  places_end = Constant <value_int = 0> ()
-  places_step = Constant <value_int = 1> ()
-  channels = Range (places_end, head_dim, places_step)
+  channel_start = Constant <value_int = 0> ()
+  channel_step = Constant <value_int = 1> ()
+  channels = Range (channel_start, head_dim, channel_step)
   against = Neg (head_dim)
   run = BitwiseAnd (head_dim, against)
   whole_runs = Div (channels, run)
@@ -197,7 +197,7 @@ _INT4 = {
   hadamard = Where (same_run, signs, no_share)
   rows = MatMul (plain_rows, hadamard)
 """,
-    "UNPACK": """
+    "READ": """
   all_sixteenths = Div (code_floats, sixteen)
   high_whole = Floor (all_sixteenths)
   high_part = Mul (high_whole, sixteen)
@@ -205,7 +205,7 @@ _INT4 = {
   raised_whole = Concat <axis = -1> (low_whole, high_whole)
   all_whole = Sub (raised_whole, middle)
 """,
-    "PACK": """
+    "WRITTEN": """
   middle = Constant <value_float = 8.0> ()
   sixteen = Constant <value_float = 16.0> ()
   raised = Add (clipped, middle)
@@ -214,8 +214,8 @@ _INT4 = {
   packed = Add (low_codes, high_shifted)
   codes = Cast <to = 2> (packed)
 """,
-    "NEW_BACK": "rounded = MatMul (new_kept, hadamard)",
-    "BACK": "all_rows = MatMul (kept_rows, hadamard)",
+    "NEW_ROWS": "rounded = MatMul (new_kept, hadamard)",
+    "OLD_ROWS": "all_rows = MatMul (kept_rows, hadamard)",
 }
 
 
