@@ -80,6 +80,14 @@ float half_value(uint16_t half) {
   return static_cast<float>(half & 0x8000 ? -size : size);
 }
 
+// Where a row's code and its block's scale are among rows abreast, by the layout in path.h.
+int64_t abreast_code(int64_t row, int64_t column, int64_t width, int abreast) {
+  return row / abreast * abreast * width + column / 4 * 4 * abreast + row % abreast * 4 + column % 4;
+}
+int64_t abreast_block(int64_t row, int64_t block, int64_t blocks, int abreast) {
+  return (row / abreast * blocks + block) * abreast + row % abreast;
+}
+
 // A case of matrix and activations: sizes, then what fills them.
 struct Case {
   int bits, block;
@@ -108,6 +116,9 @@ struct Problem {
   Buffer<int8_t> x_codes;
   Buffer<float> x_scales, bias, residual;
   Buffer<int32_t> x_sums;
+  std::vector<int8_t> abreast_codes;
+  std::vector<float> abreast_scales;
+  std::vector<int32_t> abreast_sums;
 
   Problem(const Case& of, uint64_t seed)
       : c(of),
@@ -154,8 +165,23 @@ struct Problem {
     const void* factors = c.small ? static_cast<const void*>(small_scales.data()) : scales.data();
     return {codes.data(), factors, offsets, c.offset, c.bits, c.block, c.rows, c.columns, c.small ? steps.data() : nullptr};
   }
-  Activations activations() {
-    return {x_codes.data(), x_scales.data(), x_sums.data(), c.planes, c.inputs, blocks * c.block, blocks};
+  Activations activations(const Path& path) {
+    const int64_t width = blocks * c.block;
+    if (c.planes != 1 || c.inputs < path.abreast || path.abreast == 1) {
+      return {x_codes.data(), x_scales.data(), x_sums.data(), c.planes, c.inputs, width, blocks};
+    }
+    const int64_t room = (c.inputs + path.abreast - 1) / path.abreast * path.abreast;
+    abreast_codes.assign(room * width, 0);
+    abreast_scales.assign(room * blocks, NAN);
+    abreast_sums.assign(room * blocks, 0);
+    for (int64_t m = 0; m < c.inputs; ++m) {
+      for (int64_t k = 0; k < width; ++k) {
+        abreast_codes[abreast_code(m, k, width, path.abreast)] = x_codes[m * width + k];
+        abreast_scales[abreast_block(m, k / c.block, blocks, path.abreast)] = x_scales[m * blocks + k / c.block];
+        abreast_sums[abreast_block(m, k / c.block, blocks, path.abreast)] = x_sums[m * blocks + k / c.block];
+      }
+    }
+    return {abreast_codes.data(), abreast_scales.data(), abreast_sums.data(), 1, c.inputs, width, blocks, path.abreast};
   }
   Epilogue epilogue() const { return {c.gated ? nullptr : bias.data(), c.gated ? nullptr : residual.data(), c.gated}; }
 
@@ -210,9 +236,10 @@ void check_products(const Path& path, const Case& c, uint64_t seed, Findings& fo
   Buffer<float> y(c.inputs * p.width, c.shift);
   std::fill(y.begin(), y.end(), NAN);
   const int64_t units = p.tiles / (c.gated ? 2 : 1), cut = units / 2;
-  std::vector<uint8_t> work(multiply_scratch(p.activations()));
-  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, cut, units, work.data());
-  path.multiply(p.matrix(), p.activations(), p.epilogue(), y.data(), p.width, 0, cut, work.data());
+  const Activations x = p.activations(path);
+  std::vector<uint8_t> work(multiply_scratch(x));
+  path.multiply(p.matrix(), x, p.epilogue(), y.data(), p.width, cut, units, work.data());
+  path.multiply(p.matrix(), x, p.epilogue(), y.data(), p.width, 0, cut, work.data());
   for (int64_t m = 0; m < c.inputs; ++m) {
     for (int64_t n = 0; n < p.width; ++n) {
       const int64_t tile = n / kLanes, lane = n % kLanes;
@@ -257,11 +284,20 @@ void check_quantize(const Path& path, int64_t columns, int block, int64_t rows, 
   if (extreme) {
     for (float& value : x) value = random.below(3) ? value : kExtremes[random.below(8)];
   }
-  const Activations out{codes.data(), scales.data(), sums.data(), planes, rows, blocks * block, blocks};
+  const bool lined = planes == 1 && rows >= path.abreast && path.abreast > 1;
+  const int64_t room = lined ? (rows + path.abreast - 1) / path.abreast * path.abreast : rows, width = blocks * block;
+  Buffer<float> room_scales(room * blocks, shift);
+  Buffer<int8_t> room_codes(planes * room * width, shift);
+  Buffer<int32_t> room_sums(planes * room * blocks, shift);
+  const Activations out{room_codes.data(), room_scales.data(), room_sums.data(), planes, rows, width, blocks, lined ? path.abreast : 1};
   const float epsilon = 1e-5f;
   path.quantize(x.data(), columns, normed ? norm.data() : nullptr, epsilon, block, out, rows / 2, rows);
   path.quantize(x.data(), columns, normed ? norm.data() : nullptr, epsilon, block, out, 0, rows / 2);
   if (extreme) return;
+  // One row after the other, on whatever path.
+  for (int64_t i = 0; i < codes.count(); ++i) codes[i] = room_codes[lined ? abreast_code(i / width, i % width, width, path.abreast) : i];
+  for (int64_t i = 0; i < sums.count(); ++i) sums[i] = room_sums[lined ? abreast_block(i / blocks, i % blocks, blocks, path.abreast) : i];
+  for (int64_t i = 0; i < scales.count(); ++i) scales[i] = room_scales[lined ? abreast_block(i / blocks, i % blocks, blocks, path.abreast) : i];
   for (int64_t row = 0; row < rows; ++row) {
     double squares = 0;
     for (int64_t k = 0; k < columns; ++k) squares += static_cast<double>(x[row * columns + k]) * x[row * columns + k];
@@ -498,7 +534,7 @@ Findings check_path(const Path& path, bool full) {
   }
   for (const int block : {32, 64, 128}) {
     for (const int64_t columns : kColumns) {
-      for (const int64_t rows : {0, 1, 5}) {
+      for (const int64_t rows : {0, 1, 5, 11}) {
         for (const int planes : {1, 2}) {
           for (const bool normed : {false, true}) {
             for (const bool extreme : {false, true}) {
@@ -555,7 +591,7 @@ int check_threads() {
   Problem p({3, 32, Offset::kMinimum, 160, 577, 11, 2, false, false, 1, true}, 3);
   const char* names[16];
   int different = 0;
-  std::vector<uint8_t> work(multiply_scratch(p.activations()));
+  std::vector<uint8_t> work(multiply_scratch(p.activations(path())));
   for (int i = -1, count = 0; i < count; ++i) {
     if (i >= 0) choose_path(names[i]);
     Buffer<float> together(p.c.inputs * p.width, 1), alone(p.c.inputs * p.width, 1);
@@ -563,12 +599,12 @@ int check_threads() {
     for (int t = 0; t < kThreads; ++t) {
       threads.emplace_back([&, t] {
         std::vector<uint8_t> own(work.size());
-        path().multiply(p.matrix(), p.activations(), p.epilogue(), together.data(), p.width, p.tiles * t / kThreads,
+        path().multiply(p.matrix(), p.activations(path()), p.epilogue(), together.data(), p.width, p.tiles * t / kThreads,
                         p.tiles * (t + 1) / kThreads, own.data());
       });
     }
     for (std::thread& thread : threads) thread.join();
-    path().multiply(p.matrix(), p.activations(), p.epilogue(), alone.data(), p.width, 0, p.tiles, work.data());
+    path().multiply(p.matrix(), p.activations(path()), p.epilogue(), alone.data(), p.width, 0, p.tiles, work.data());
     const bool same = std::equal(alone.begin(), alone.end(), together.begin());
     std::printf("%-12s %d threads: %s\n", path().name, kThreads, same ? "ok" : "differs from one thread");
     different += !same;

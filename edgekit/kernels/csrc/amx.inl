@@ -93,29 +93,11 @@ template <int Bits, Offset Kind>
   store_square<3>(lower + kLanes, kRow);
 }
 
-// The results of two tiles, the first of which is `tile`; the second counts where `both`.
-[[gnu::noinline]] void finish_pair(const Matrix& w, const Activations& x, const Epilogue& end, const float* sums, int64_t tile,
-                                   bool both, float* y, int64_t stride) {
-  const int64_t width = end.gated ? w.rows / 2 : w.rows, column = (end.gated ? tile / 2 : tile) * kLanes;
-  const bool whole = column + (both ? 2 : 1) * kLanes <= width;
-  const auto ended = [&](Floats value, int64_t from, int64_t at) {
-    if (!whole) return finish(end, value, y, at, from, width);
-    if (end.bias && !end.gated) value = add(value, load(end.bias + from));
-    if (end.residual) value = add(value, load(end.residual + at));
-    store(y + at, value);
-  };
-  for (int64_t row = 0; row < x.rows; ++row, sums += 2 * kLanes) {
-    const Floats value = load(sums), second = load(sums + kLanes);
-    ended(end.gated ? mul(silu(value), second) : value, column, row * stride + column);
-    if (both) ended(second, column + kLanes, row * stride + column + kLanes);
-  }
-}
-
 struct MatrixRows {
   template <int Bits, Offset Kind, int Planes>
   static void of(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t first,
                  int64_t last, uint8_t* work) {
-    if (Planes) return VectorRows::of<Bits, Kind, Planes ? Planes : 1>(w, x, end, y, stride, first, last, work);
+    if (Planes) return PanelRows::of<Bits, Kind, Planes ? Planes : 1>(w, x, end, y, stride, first, last, work);
     work += -reinterpret_cast<uintptr_t>(work) & 63;
     constexpr int64_t kNextTile = kPanel / 32 * kSquareBytes;
     auto* sums = reinterpret_cast<float*>(work + 2 * kNextTile);

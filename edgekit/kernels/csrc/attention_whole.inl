@@ -81,7 +81,7 @@ inline Floats row_scales(const uint16_t* scales, int64_t count) {
 // A query in two planes: value = unit * (kPlane * high + low).
 struct WholeQuery {
   int8_t high[kMostChannels], low[kMostChannels];
-  int32_t high_sum, low_sum;
+  PlaneSums sums;
   float unit;
 };
 
@@ -91,14 +91,7 @@ void round_query(const float* q, int64_t head_dim, WholeQuery& out) {
   for (int64_t i = 0; i < head_dim; i += kLanes) peak = max(magnitude(load(q + i)), peak);
   const float top = largest(peak);
   out.unit = top / kMost;
-  out.high_sum = out.low_sum = 0;
-  const Floats inverse = all(top > 0.0f ? kMost / top : 0.0f), most = all(kMost), least = all(-kMost);
-  for (int64_t i = 0; i < head_dim; i += kLanes) {
-    const Floats whole = max(min(round(mul(load(q + i), inverse)), most), least);
-    const Floats high = round(mul(whole, all(1.0f / kPlane)));
-    out.high_sum += store_codes(out.high + i, high);
-    out.low_sum += store_codes(out.low + i, fma(high, all(-static_cast<float>(kPlane)), whole));
-  }
+  out.sums = store_planes(q, static_cast<int>(head_dim), top > 0.0f ? kMost / top : 0.0f, out.high, out.low);
 }
 
 // Scores of sixteen keys before they are scaled by the square root of the channels.
@@ -106,8 +99,8 @@ template <int Heads>
 void whole_scores(const int8_t* keys, const WholeQuery* q, Floats scales, int64_t head_dim, float* scores, int64_t stride) {
   Ints high[Heads], low[Heads];
   for (int h = 0; h < Heads; ++h) {
-    high[h] = all(-kWideZero * q[h].high_sum);
-    low[h] = all(-kWideZero * q[h].low_sum);
+    high[h] = all(-kWideZero * q[h].sums.high);
+    low[h] = all(-kWideZero * q[h].sums.low);
   }
   for (int64_t c = 0; c < head_dim; c += 16) {
     Bytes codes[4];

@@ -253,7 +253,7 @@ void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, fl
 template <int Bits, Offset Kind, int Planes>
 inline void tile_rows(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
                       int64_t row) {
-  constexpr int kMost = kAtOnce / Planes, kPair = kMost < 2 ? 1 : 2;
+  constexpr int kMost = Planes == 1 && kAbreast > 1 ? 2 : kAtOnce / Planes, kPair = kMost < 2 ? 1 : 2;
   for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost, false>(w, x, end, y, stride, tile, row);
   for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair, false>(w, x, end, y, stride, tile, row);
   if (row == x.rows) return;
@@ -310,23 +310,29 @@ void multiply(const Matrix& w, const Activations& x, const Epilogue& end, float*
   }
 }
 
-// Store `count` values, a multiple of 16, as integers in one plane or two, and their sums.
-void store_planes(const float* values, int count, float inverse, const Activations& out, int64_t at, int64_t sum_at) {
-  const float most = out.planes == 2 ? kPlane * 127.0f + 126.0f : 127.0f;
-  int32_t high_sum = 0, low_sum = 0;
+struct PlaneSums {
+  int32_t high, low;
+};
+
+// Store `count` values, a multiple of 16, as integers in one plane, or in two where `low` is not null. Floats add up such
+// sums exactly.
+PlaneSums store_planes(const float* values, int count, float inverse, int8_t* high, int8_t* low) {
+  const float most = low ? kPlane * 127.0f + 126.0f : 127.0f;
+  Floats high_sum = zeros(), low_sum = zeros();
   for (int i = 0; i < count; i += kLanes) {
     // What is not a number, or too small for `inverse` to be one, still gives a code.
-    const Floats q = round(min(max(mul(load(values + i), all(inverse)), all(-most)), all(most)));
-    if (out.planes == 1) {
-      high_sum += store_codes(out.codes + at + i, q);
-      continue;
+    Floats q = round(min(max(mul(load(values + i), all(inverse)), all(-most)), all(most)));
+    if (low) {
+      const Floats wide = round(mul(q, all(1.0f / kPlane)));
+      const Floats rest = fma(wide, all(-static_cast<float>(kPlane)), q);
+      store_codes(low + i, rest);
+      low_sum = add(low_sum, rest);
+      q = wide;
     }
-    const Floats high = round(mul(q, all(1.0f / kPlane)));
-    high_sum += store_codes(out.codes + at + i, high);
-    low_sum += store_codes(out.codes + out.rows * out.width + at + i, fma(high, all(-static_cast<float>(kPlane)), q));
+    store_codes(high + i, q);
+    high_sum = add(high_sum, q);
   }
-  out.sums[sum_at] = high_sum;
-  if (out.planes == 2) out.sums[out.rows * out.blocks + sum_at] = low_sum;
+  return {static_cast<int32_t>(sum(high_sum)), low ? static_cast<int32_t>(sum(low_sum)) : 0};
 }
 
 // 1 / RMS of a row.
@@ -363,14 +369,27 @@ Floats block_of(const float* row, int64_t columns, const float* norm, float gain
 void quantize(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
               int64_t first, int64_t last) {
   float values[128];
+  int8_t codes[128];
+  const float most = out.planes == 2 ? kPlane * 127.0f + 126.0f : 127.0f;
   for (int64_t row = first; row < last; ++row) {
     const float* in = x + row * columns;
     const float gain = norm ? gain_of(in, columns, epsilon) : 1.0f;
+    const int64_t lane = row % out.abreast, group = row - lane;
     for (int64_t b = 0; b < out.blocks; ++b) {
       const float peak = largest(block_of(in, columns, norm, gain, b * block, block, values));
-      const float most = out.planes == 2 ? kPlane * 127.0f + 126.0f : 127.0f;
-      store_planes(values, block, peak > 0 ? most / peak : 0.0f, out, row * out.width + b * block, row * out.blocks + b);
-      out.scales[row * out.blocks + b] = peak / most;
+      const float inverse = peak > 0 ? most / peak : 0.0f;
+      int8_t* to = out.codes + group * out.width + b * block * out.abreast + 4 * lane;
+      const int64_t at = group * out.blocks + b * out.abreast + lane;
+      out.scales[at] = peak / most;
+      if (out.planes == 2) {
+        const PlaneSums sums = store_planes(values, block, inverse, to, to + out.rows * out.width);
+        out.sums[at] = sums.high;
+        out.sums[out.rows * out.blocks + at] = sums.low;
+        continue;
+      }
+      out.sums[at] = store_planes(values, block, inverse, out.abreast == 1 ? to : codes, nullptr).high;
+      if (out.abreast == 1) continue;
+      for (int i = 0; i < block; i += 4) std::memcpy(to + i * out.abreast, codes + i, 4);
     }
   }
 }

@@ -148,26 +148,43 @@ class Linear {
     Activations codes{};
     codes.rows = rows;
     codes.planes = rows <= fine_rows_ ? 2 : rows <= kFineRows ? 1 : path().many_planes;
+    codes.abreast = codes.planes == 1 && rows >= path().abreast ? path().abreast : 1;
     codes.blocks = w_.blocks();
     codes.width = codes.blocks * w_.block;
-    codes.codes = scratch<int8_t, Use::kCodes>(activation_codes(codes.planes, rows, codes.width));
-    codes.scales = scratch<float, Use::kScales>(rows * codes.blocks);
-    codes.sums = scratch<int32_t, Use::kSums>(codes.planes * rows * codes.blocks);
+    const int64_t room = round_up(rows, codes.abreast);
+    codes.codes = scratch<int8_t, Use::kCodes>(activation_codes(codes.planes, room, codes.width));
+    codes.scales = scratch<float, Use::kScales>(room * codes.blocks);
+    codes.sums = scratch<int32_t, Use::kSums>(codes.planes * room * codes.blocks);
     const size_t cuts = rows < 8 ? 1 : pieces(rows, threads, 8);
     context.parallel(cuts, [&](size_t i) {
       path().quantize(x.as<float>(), w_.columns, norm_, epsilon_, w_.block, codes, share(rows, i, cuts),
                       share(rows, i + 1, cuts));
     });
-    const Epilogue end{bias_, residual, kHalves};
-    const int64_t tile_work = w_.tile_codes() * (kHalves ? 2 : 1) * rows;
-    const size_t parts = pieces(tiles_, threads, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, tile_work)));
-    context.parallel(parts, [&](size_t i) {
-      uint8_t* work = scratch<uint8_t, Use::kUnpacked>(multiply_scratch(codes));
-      path().multiply(w_, codes, end, y, width_, share(tiles_, i, parts), share(tiles_, i + 1, parts), work);
-    });
+    multiply(context, codes, residual, y, threads);
   }
 
  private:
+  // In pieces of some rows and some tiles. Some rows meet all tiles before the next rows do: they stay in a cache that way,
+  // and lines of y are written side by side. Where there are many rows, a path reads tiles in pairs.
+  void multiply(const Context& context, const Activations& x, const float* residual, float* y, int threads) const {
+    const int64_t most = x.planes == 1 ? kRowsAtOnce : x.rows, chunks = (x.rows + most - 1) / most;
+    const int64_t chunk = round_up((x.rows + chunks - 1) / chunks, x.abreast);
+    const int64_t unit = kHalves || x.rows < 8 ? 1 : 2, units = (tiles_ + unit - 1) / unit;
+    const int64_t unit_work = w_.tile_codes() * (kHalves ? 2 : unit) * chunk;
+    const auto wanted = static_cast<int64_t>(pieces(units, threads, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, unit_work))));
+    const int64_t bands = std::max<int64_t>(1, wanted / chunks);
+    context.parallel(static_cast<size_t>(chunks * bands), [&](size_t i) {
+      const int64_t from = static_cast<int64_t>(i) / bands * chunk, to = std::min(x.rows, from + chunk);
+      if (from >= to) return;
+      const size_t band = i % static_cast<size_t>(bands);
+      const auto tile = [&](size_t at) { return std::min(tiles_, unit * share(units, at, static_cast<size_t>(bands))); };
+      const Activations some = chunks == 1 ? x : x.part(from, to);
+      const Epilogue end{bias_, residual ? residual + from * width_ : nullptr, kHalves};
+      uint8_t* work = scratch<uint8_t, Use::kUnpacked>(multiply_scratch(some));
+      path().multiply(w_, some, end, y + from * width_, width_, tile(band), tile(band + 1), work);
+    });
+  }
+
   Matrix w_;
   const int64_t fine_rows_ = g_fine_rows;
   int64_t width_ = 0, tiles_ = 0;

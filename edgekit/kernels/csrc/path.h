@@ -53,16 +53,29 @@ struct Matrix {
 // Rows of activations as integers: value = scale * q within a block, where q is an 8-bit code (one plane), or
 // kPlane * high + low of two (two planes): 15 bits, for twice the dot products. Sums are of a block's codes.
 //
+// Rows of one plane may stand `abreast`, so that one pointer serves them: 4 columns of the first row, of the second ..., then
+// the next 4 columns; scales and sums likewise, block by block.
+//
 // Or as bfloat16 (no plane), on a path with `many_planes` of 0: squares of 16 rows and 32 columns, row by row, the squares
 // of the first 16 rows first. `codes` then holds activation_codes(...) bytes and the others nothing.
 struct Activations {
-  int8_t* codes;   // [planes][rows][blocks * block], the high plane first
-  float* scales;   // [rows][blocks]
-  int32_t* sums;   // [planes][rows][blocks]
+  int8_t* codes;   // [planes][rows][blocks * block], the high plane first; [rows / abreast][blocks * block / 4][abreast][4]
+  float* scales;   // [rows][blocks]; [rows / abreast][blocks][abreast]
+  int32_t* sums;   // [planes][rows][blocks]; as scales
   int planes;
   int64_t rows;
   int64_t width;   // blocks * block
   int64_t blocks;
+  int abreast = 1;
+  // Rows from..to, which are all unless there is one plane, `from` a multiple of `abreast`.
+  [[gnu::always_inline]] Activations part(int64_t from, int64_t to) const {
+    Activations some = *this;
+    some.codes += from * width;
+    some.scales += from * blocks;
+    some.sums += from * blocks;
+    some.rows = to - from;
+    return some;
+  }
 };
 
 constexpr int kSquares = 2;  // of 16 rows, multiplied at once
@@ -74,9 +87,11 @@ constexpr int64_t activation_codes(int planes, int64_t rows, int64_t width) {
   return planes ? planes * rows * width : 2 * padded_rows(rows) * width;
 }
 
-// Of two tiles: a panel of weights as bfloat16, and the products of all rows as floats.
+// Of two tiles: a panel of weights, as bfloat16 or as bytes beside what scales and shifts each block, and the products of all
+// rows as floats.
 constexpr int64_t multiply_scratch(const Activations& x) {
-  return x.planes ? 0 : 64 + 2 * kLanes * (2 * kPanel + 4 * padded_rows(x.rows));
+  if (x.planes != 0 && x.abreast == 1) return 0;
+  return 64 + 2 * kLanes * (2 * kPanel + 4 * padded_rows(x.rows));
 }
 
 // What happens to a product before it is stored.
@@ -202,6 +217,8 @@ struct Path {
   const char* name;
   // In how many planes it wants many rows of activations: 1, or 0 for bfloat16.
   int many_planes;
+  // How many rows of one plane it wants abreast, where there are as many.
+  int abreast;
   // Quantise rows of x [rows][columns], after RMSNorm with `norm` where it is not null.
   void (*quantize)(const float* x, int64_t columns, const float* norm, float epsilon, int block, const Activations& out,
                    int64_t first, int64_t last);

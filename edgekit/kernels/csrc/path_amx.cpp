@@ -9,6 +9,7 @@
 
 #include "vec_avx512.h"
 #include "linear.inl"
+#include "panels.inl"
 #include "amx.inl"
 #include "attention.inl"
 #include "amx_attention.inl"
@@ -17,7 +18,7 @@
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"amx", 0, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
+constexpr Path kPath{"amx", 0, kAbreast, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
                      encode, encode_query, estimate, select, weigh, mean, gather, round_row, hadamard, planes, distances,
                      near_peak};
 extern const Path* const kAmx = &kPath;

@@ -9,13 +9,14 @@
 
 #include "vec_avx512.h"
 #include "linear.inl"
+#include "panels.inl"
 #include "attention.inl"
 #include "sparse.inl"
 #include "adamas.inl"
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"avx512", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
+constexpr Path kPath{"avx512", 1, kAbreast, quantize, multiply<PanelRows>, matrix_row, floats_to_half, attend, decode,
                      encode, encode_query, estimate, select, weigh, mean, gather, round_row, hadamard, planes, distances,
                      near_peak};
 extern const Path* const kAvx512 = &kPath;

@@ -15,7 +15,7 @@
 #include "peak.inl"
 
 namespace edgekit {
-constexpr Path kPath{"neon_dotprod", 1, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
+constexpr Path kPath{"neon_dotprod", 1, kAbreast, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
                      encode, encode_query, estimate, select, weigh, mean, gather, round_row, hadamard, planes, distances,
                      near_peak};
 extern const Path* const kNeonDotprod = &kPath;

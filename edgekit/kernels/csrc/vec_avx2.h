@@ -20,6 +20,7 @@ struct Bytes {  // 16 lanes of 4 bytes
 };
 
 constexpr int kAtOnce = 4;  // sums that the registers hold beside their operands
+constexpr int kAbreast = 1;     // rows of one plane that stand side by side
 
 inline Floats zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -99,15 +100,12 @@ inline Floats widen(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return to_float(Ints{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
 }
-// 16 whole floats in -127..127 as signed bytes; returns their sum
-inline int32_t store_codes(int8_t* p, Floats x) {
+// 16 whole floats in -127..127 as signed bytes
+inline void store_codes(int8_t* p, Floats x) {
   const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
   const __m128i first = _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
   const __m128i last = _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(first, last));
-  const __m128i four = _mm_madd_epi16(_mm_add_epi16(first, last), _mm_set1_epi16(1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 
 inline Bytes load_bytes(const uint8_t* p) {

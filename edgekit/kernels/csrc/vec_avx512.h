@@ -27,6 +27,7 @@ struct Bytes {  // 16 lanes of 4 bytes
 };
 
 constexpr int kAtOnce = 8;      // sums that the registers hold beside their operands
+constexpr int kAbreast = 8;     // rows of one plane that stand side by side
 constexpr int kWideZero = 128;  // 8-bit codes multiply as they are: unsigned
 
 inline Floats zeros() { return {_mm512_setzero_ps()}; }
@@ -74,11 +75,9 @@ inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
 inline Floats widen(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-// 16 whole floats in -127..127 as signed bytes; returns their sum
-inline int32_t store_codes(int8_t* p, Floats x) {
-  const __m512i whole = _mm512_cvtps_epi32(x.v);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(whole));
-  return _mm512_reduce_add_epi32(whole);
+// 16 whole floats in -127..127 as signed bytes
+inline void store_codes(int8_t* p, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }

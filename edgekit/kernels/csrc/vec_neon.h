@@ -22,6 +22,7 @@ struct BytesOf {
 using Bytes = BytesOf<4>;  // 16 lanes of 4 bytes
 
 constexpr int kAtOnce = 4;  // sums that the registers hold beside their operands
+constexpr int kAbreast = 1;     // rows of one plane that stand side by side
 
 inline Floats all(float x) {
   const float32x4_t four = vdupq_n_f32(x);
@@ -133,13 +134,12 @@ inline Floats widen(const int8_t* p) {
   return to_float(Ints{{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
                         vmovl_s16(vget_high_s16(high))}});
 }
-// 16 whole floats in -127..127 as signed bytes; returns their sum
-inline int32_t store_codes(int8_t* p, Floats x) {
+// 16 whole floats in -127..127 as signed bytes
+inline void store_codes(int8_t* p, Floats x) {
   int16x4_t whole[4];
   for (int i = 0; i < 4; ++i) whole[i] = vmovn_s32(vcvtq_s32_f32(x.v[i]));
   const int16x8_t first = vcombine_s16(whole[0], whole[1]), last = vcombine_s16(whole[2], whole[3]);
   vst1q_s8(p, vcombine_s8(vmovn_s16(first), vmovn_s16(last)));
-  return vaddvq_s16(vaddq_s16(first, last));
 }
 
 inline Bytes load_bytes(const uint8_t* p) {

@@ -23,6 +23,7 @@ struct Bytes {  // 16 lanes of 4 codes, each in 16 bits
 };
 
 constexpr int kAtOnce = 2;    // sums that the registers hold beside their operands
+constexpr int kAbreast = 1;     // rows of one plane that stand side by side
 constexpr int kWideZero = 0;  // 8-bit codes multiply as signed numbers
 
 template <class To, class From>
@@ -162,15 +163,9 @@ inline Floats widen(const int8_t* p) {
   for (int i = 0; i < 16; ++i) lanes[i] = p[i];
   return load(lanes);
 }
-// 16 whole floats in -127..127 as signed bytes; returns their sum
-inline int32_t store_codes(int8_t* p, Floats x) {
-  int32_t total = 0;
-  for (int i = 0; i < 16; ++i) {
-    const int32_t whole = static_cast<int32_t>(x.v[i / 4][i % 4]);
-    p[i] = static_cast<int8_t>(whole);
-    total += whole;
-  }
-  return total;
+// 16 whole floats in -127..127 as signed bytes
+inline void store_codes(int8_t* p, Floats x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i / 4][i % 4]);
 }
 
 inline Short8 short8(const uint8_t* p) {

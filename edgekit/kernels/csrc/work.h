@@ -14,6 +14,11 @@ inline int g_decode_threads = 1, g_prefill_threads = 1;
 constexpr int64_t kFineRows = 64;
 inline int64_t g_fine_rows = kFineRows;
 
+// Rows of activations in one plane that one piece of work multiplies.
+constexpr int64_t kRowsAtOnce = 128;
+
+constexpr int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
 // What scratch memory is for; pieces for different uses may be held at the same time.
 enum class Use {
   kCodes, kScales, kSums, kQueries, kPartials, kScores, kDistances, kNear, kPlaces, kFound, kTails, kPositions, kGathered,
