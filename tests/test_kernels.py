@@ -113,6 +113,25 @@ def test_sessions_of_8_bits_stay_so(bits: int, block: int, offsets: Offsets, sca
         assert_close(coarse.run(None, {"x": x})[0], expected, 1e-6, path)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize(
+    "case",
+    [linear_case(33, 130, rows=11), norm_case(33, 130), norm_case(34, 130, gated=True)],
+    ids=lambda case: case.op,
+)
+def test_a_node_may_say_8_bits(case: Case, rows: int) -> None:
+    x = steady_activations(np.random.default_rng(1), rows, 130, 32, "int8")
+    residual = {"residual": NOTHING} if case.op == "QuantLinear" else {}
+    (expected,) = case.changed(x=x, **residual).reference(activations="int8")
+    coarse = replace(case, attributes={**case.attributes, "activation_bits": 8}).changed(**residual)
+    session = open_session(coarse.model(), native=True)
+    for path in every_path():
+        assert_close(session.run(None, {"x": x})[0], expected, 1e-5, path)
+    wrong = replace(case, attributes={**case.attributes, "activation_bits": 4})
+    with pytest.raises(Exception, match="activation_bits must be 8 or 15: got 4"):
+        open_session(wrong.model(), native=True)
+
+
 @pytest.mark.parametrize("rows", [2, 70])
 def test_activations_at_the_ends_of_float32(rows: int) -> None:
     """Tiny, huge and zero rows; numbers that vanish beside their block's peak."""

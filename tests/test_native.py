@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from test_reference import rounded, tiny_checkpoint
 
@@ -12,9 +13,10 @@ from edgekit.bundle import Bundle
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.errors import UserError
+from edgekit.export import parity
 from edgekit.export.export import export
 from edgekit.export.native import runs_natively
-from edgekit.export.targets import find_target, host_target
+from edgekit.export.targets import TARGETS, find_target, host_target
 from edgekit.kernels.library import library_path
 from edgekit.model.reference import forward
 from edgekit.model.sources import open_model
@@ -128,6 +130,38 @@ def test_a_bundle_may_decode_with_activations_of_8_bits(tmp_path: Path) -> None:
     errors = [np.abs(run(tmp_path / bits, IDS, by=1) - expected).max() / np.abs(expected).max() for bits in ("8", "15")]
     assert 2e-3 < errors[0] < 6e-2
     assert errors[1] < 2e-3
+
+
+@needs_kernels
+def test_some_layers_may_have_activations_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that they move least, and as many as the bound allows: here three bounds."""
+    checkpoint = native_model("LlamaForCausalLM", Grid(4, 32, "symmetric"))
+    sequences = [IDS]
+    layers = checkpoint.decoder.layers
+    found = {}
+    for kl in (0.0, 1e-4, 1e9):
+        monkeypatch.setattr(parity, "COARSE_KL", kl)
+        monkeypatch.setattr(parity, "TIE", 1e9 if kl == 1e9 else 0.05)
+        found[kl] = parity.coarse_layers(checkpoint, sequences)
+    assert found[0.0] == frozenset()
+    assert found[0.0] <= found[1e-4] <= found[1e9] == frozenset(range(layers + 1))
+
+    monkeypatch.setattr(parity, "COARSE_KL", 1e9)
+    manifest = export(checkpoint, tmp_path / "mixed", target=NATIVE, activations="mixed", accept_drift=True)
+    (row,) = [row for row in manifest.measurements if row.name == "layers with 8-bit activations"]
+    assert row.value == row.n == layers + 1
+    nodes = onnx.load(tmp_path / "mixed" / "model.onnx", load_external_data=False).graph.node
+    bits = {node.op_type: [a.i for a in node.attribute if a.name == "activation_bits"] for node in nodes}
+    assert bits["QuantLinear"] == bits["NormQuantLinear"] == bits["GatedNormQuantLinear"] == [8]
+    (expected,) = forward(checkpoint, [IDS])
+    assert 2e-3 < np.abs(run(tmp_path / "mixed", IDS, by=1) - expected).max() / np.abs(expected).max() < 6e-2
+
+
+def test_small_arm_cores_get_activations_of_8_bits_where_it_costs_nothing() -> None:
+    assert {name: target.activations for name, target in TARGETS.items() if target.native} == {
+        "x86": 15,
+        "arm": "mixed",
+    }
 
 
 @pytest.mark.parametrize("target", ["portable", "x86"])

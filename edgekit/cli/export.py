@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 @click.option("--dense-below", type=int, help="Contexts up to this length are attended exactly; default 1024.")
 @click.option(
     "--activations",
-    type=click.Choice(["8", "15"]),
-    help="Bits of activations in our operators; 8: fewer instructions a token, less exact. Default 15.",
+    type=click.Choice(["8", "15", "mixed"]),
+    help="Bits of activations in our operators; 8: fewer instructions, less exact; mixed: 8 where the model hardly"
+    " moves. Default: mixed on arm, else 15.",
 )
 @click.option(
     "--factors",
@@ -95,7 +96,7 @@ def export(
     from edgekit.export.npu_encoder import export_npu_encoder
     from edgekit.export.npu_export import export_npu
     from edgekit.export.sparse import PREFILL_BUDGET, SparseOptions
-    from edgekit.export.targets import find_target, host_target, target_for
+    from edgekit.export.targets import ACTIVATIONS, find_target, host_target, target_for
     from edgekit.model.encoder_config import is_encoder
     from edgekit.model.sources import open_model
     from edgekit.report import Report, print_report
@@ -163,7 +164,7 @@ def export(
                 rope_scaling=_scaling(rope_scaling),
                 sparse=sparse,
                 cache=cache,
-                activations=8 if activations == "8" else 15,
+                activations=ACTIVATIONS[activations] if activations else None,
                 factors=factors,
                 calibration=text,
                 wheelhouse=wheelhouse,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,12 +20,21 @@ from edgekit.errors import ModelError, UserError
 from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
-from edgekit.export.parity import BOUNDS, PROMPTS, Bounds, DriftError, check_parity, divergence, most_sensitive
+from edgekit.export.parity import (
+    BOUNDS,
+    PROMPTS,
+    Bounds,
+    DriftError,
+    check_parity,
+    coarse_layers,
+    divergence,
+    most_sensitive,
+)
 from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyCode, SparseOptions, calibrate, written_text
 from edgekit.export.starter import add_starter
 from edgekit.export.stock import stock_bits
-from edgekit.export.targets import Target
+from edgekit.export.targets import ActivationBits, Target
 from edgekit.folder import new_folder
 from edgekit.host import host_device
 from edgekit.kernels.library import library_path, status
@@ -57,7 +66,7 @@ def export(
     rope_scaling: tuple[str, float] | None = None,
     sparse: SparseOptions | None = None,
     cache: CacheType = "float16",
-    activations: Literal[8, 15] = 15,
+    activations: ActivationBits | None = None,
     factors: Literal["auto", "keep"] = "auto",
     calibration: str | None = None,
     wheelhouse: bool = False,
@@ -73,7 +82,8 @@ def export(
     With `sparse`, tokens attend to a part of a long context; `calibration` is the text that its codes are fitted to, by
     default one that the model writes itself. `cache` is what keys and values are kept in, where the target has our
     operators; stock graphs keep float32. `activations` are the bits that our operators round activations to when
-    they decode: 8 take fewer instructions, 15 agree with the checkpoint (docs/kernels.md).
+    they decode: 8 take fewer instructions, 15 agree with the checkpoint, "mixed" is 8 where that moves the model least
+    (docs/kernels.md); by default what the target has.
 
     Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
     lets it pass and records the numbers); nothing is left at `output` then.
@@ -101,11 +111,16 @@ def export(
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = ours and runs_natively(checkpoint)
-        if activations == 8 and not native:
+        if activations not in (None, 15) and not native:
             raise UserError(
-                f"--activations 8 is for our operators: the model must be quantised, the target native ({target.name})"
-                f" and the kernels installed ({status()})"
+                f"--activations {activations} is for our operators: the model must be quantised, the target native"
+                f" ({target.name}) and the kernels installed ({status()})"
             )
+        bits = activations or target.activations
+        coarse: frozenset[int] = frozenset()
+        if native and bits == "mixed":
+            on_progress("finding layers for activations of 8 bits")
+            coarse = coarse_layers(checkpoint, _sequences(open_tokenizer(checkpoint), min(CHECKED, longest)))
         if sparse is not None and not native:
             raise UserError(
                 f"sparse attention needs our operators: the model must be quantised, the target native ({target.name})"
@@ -131,9 +146,17 @@ def export(
                 raise UserError(f"adamas needs heads of a power of two channels: the model's have {config.head_dim}")
             on_progress("calibrating sparse attention")
             keys = _key_codes(checkpoint, folder, longest, calibration, adamas=sparse.adamas)
-            layers = build_native_decoder(checkpoint, folder, context=longest, sparse=sparse, keys=keys, cache=cache)
+            layers = build_native_decoder(
+                checkpoint,
+                folder,
+                context=longest,
+                sparse=sparse,
+                keys=keys,
+                cache=cache,
+                coarse_layers=coarse,
+            )
         elif native:
-            layers = build_native_decoder(checkpoint, folder, context=longest, cache=cache)
+            layers = build_native_decoder(checkpoint, folder, context=longest, cache=cache, coarse_layers=coarse)
         else:
             layers = build_decoder(checkpoint, folder, context=longest, integer_bits=target.integer_bits)
         spec = DecoderSpec(
@@ -151,7 +174,7 @@ def export(
             budget=sparse.budget if sparse else None,
             decode_threads=device.decode_threads if device else None,
             cache="float" if cache == "float16" else cache,
-            activations=activations,
+            activations=8 if bits == 8 and native else 15,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -162,7 +185,7 @@ def export(
             checkpoint,
             folder,
             spec,
-            products=_products(checkpoint, target, native=native and activations == 15),
+            products=_products(checkpoint, target, bits if native else None),
             accept_drift=accept_drift,
         )
         try:
@@ -179,6 +202,8 @@ def export(
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
         measured = (*measured, *decided)
+        if native and bits == "mixed":
+            measured = (*measured, _coarse_row(coarse, config.layers))
         if target.arch == "aarch64":
             on_progress("packing what starts it on the device")
             measured = (*measured, *_starter(folder, spec, device, wheelhouse=wheelhouse))
@@ -291,7 +316,7 @@ def _fall_back(
             if count == len(order):
                 raise
             count = min(2 * count, len(order))
-    names = ["the head" if layer == checkpoint.decoder.layers else f"layer {layer}" for layer in sorted(chosen)]
+    names = [_named(layer, checkpoint.decoder.layers) for layer in sorted(chosen)]
     note = f"8-bit activations there flip tokens: {', '.join(names)}"
     return (*measured, Measurement("layers with float32 activations", len(chosen), "", n=len(order), note=note))
 
@@ -304,10 +329,20 @@ def _sequences(tokenizer: Tokenizer, most: int) -> list[list[int]]:
     return found
 
 
-def _products(checkpoint: Checkpoint, target: Target, *, native: bool) -> str:
-    """What the graph multiplies in: a key of `BOUNDS`."""
-    if native:
-        return "int15"
+def _coarse_row(coarse: Collection[int], layers: int) -> Measurement:
+    fine = sorted(set(range(layers + 1)) - set(coarse))
+    named = ", ".join(_named(layer, layers) for layer in fine) or "none"
+    return Measurement("layers with 8-bit activations", len(coarse), "", n=layers + 1, note=f"15 bits: {named}")
+
+
+def _named(layer: int, layers: int) -> str:
+    return "the head" if layer == layers else f"layer {layer}"
+
+
+def _products(checkpoint: Checkpoint, target: Target, bits: ActivationBits | None) -> str:
+    """What the graph multiplies in: a key of `BOUNDS`. `bits`: of activations in our operators, where they run."""
+    if bits in (15, "mixed"):
+        return "int15" if bits == 15 else "mixed"
     integers = any(
         entry.kind == "quantized" and stock_bits(entry.bits) in target.integer_bits
         for entry in checkpoint.structure.values()

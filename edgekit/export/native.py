@@ -13,7 +13,7 @@ A matrix that is not quantised stays a MatMul. Inputs and outputs: `edgekit.expo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from edgekit.export.parts import Parts
 from edgekit.export.sparse import KeyCode, SparseOptions
 from edgekit.export.values import padded_values
 from edgekit.kernels.functions import function_bodies
-from edgekit.kernels.opset import DOMAIN, CacheType, attention_op
+from edgekit.kernels.opset import DOMAIN, OPS, CacheType, attention_op
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
 from edgekit.model.heads import Heads
 from edgekit.weight import Dense, Factored, Quantized, concatenate, stored_parts
@@ -42,11 +42,12 @@ def build_native_decoder(
     sparse: SparseOptions | None = None,
     keys: Sequence[KeyCode] = (),
     cache: CacheType = "float16",
+    coarse_layers: Collection[int] = (),
 ) -> tuple[LayerCache, ...]:
     """Write model.onnx and its weights into `folder`; returns each layer's cache. Errors: see `build_decoder`.
 
     With `sparse`, whose layers need the codes `keys`, tokens attend to a part of a long cache. `cache` is what keys and
-    values are kept in.
+    values are kept in. In `coarse_layers` (the head counts as one more layer) products take activations of 8 bits.
     """
     caches = layer_caches(checkpoint) if sparse is None else usual_caches(checkpoint, "sparse attention")
     heads = layer_heads(checkpoint)
@@ -56,7 +57,7 @@ def build_native_decoder(
     with Graph(folder) as graph:
         parts = Parts(checkpoint, graph, integer_bits=(4, 8))
         parts.rotary_tables(context)
-        _NativeDecoder(parts, heads, sparse, keys, cache).build(caches)
+        _NativeDecoder(parts, heads, sparse, keys, cache, coarse_layers).build(caches)
     return caches
 
 
@@ -76,7 +77,10 @@ class _NativeDecoder:
         sparse: SparseOptions | None,
         keys: Sequence[KeyCode],
         cache: CacheType,
+        coarse_layers: Collection[int],
     ) -> None:
+        self.coarse_layers = coarse_layers
+        self.activation_bits: dict[str, int] = {}  # of the layer that is built
         self.parts = parts
         self.heads = heads
         self.cache = cache
@@ -89,6 +93,7 @@ class _NativeDecoder:
     def build(self, caches: Sequence[LayerCache]) -> None:
         state = self.embed("model.embed_tokens")
         for index, cache in enumerate(caches):
+            self.round_in(index)
             layer = f"model.layers.{index}"
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
             qkv = self.read([f"{attention}.{x}_proj" for x in "qkv"], state, norm=f"{layer}.input_layernorm")
@@ -97,6 +102,7 @@ class _NativeDecoder:
             state = self.add(f"{attention}.o_proj", mixed, state)
             gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
             state = self.add(f"{mlp}.down_proj", gated, state)
+        self.round_in(len(caches))
         self.head(self.parts.keep_last(state))
         kept = {"float16": TensorProto.FLOAT16, "int8": TensorProto.INT8, "int4": TensorProto.UINT8}[self.cache]
         inputs, outputs = self.parts.signature(caches, cache_type=kept, together=2 if self.cache == "int4" else 1)
@@ -111,6 +117,10 @@ class _NativeDecoder:
         if any(cache.sparse for cache in caches):
             inputs.append(helper.make_tensor_value_info("budget", TensorProto.INT32, [1]))
         self.graph.save(inputs, outputs, title=self.config.architecture, functions=function_bodies())
+
+    def round_in(self, layer: int) -> None:
+        """What follows is this layer's."""
+        self.activation_bits = {"activation_bits": 8} if layer in self.coarse_layers else {}
 
     def embed(self, module: str) -> str:
         weight = self.checkpoint.weight(module)
@@ -226,7 +236,9 @@ class _NativeDecoder:
         self, op: str, inputs: Sequence[str], name: str, tiles: Tiles, last: Sequence[str] = (), *, output: str = ""
     ) -> str:
         """One of our operators over a quantised matrix, whose constants go before and after `last`."""
-        epsilon = {"epsilon": self.config.norm_eps} if "Norm" in op else {}
+        further: dict[str, float] = {"epsilon": self.config.norm_eps} if "Norm" in op else {}
+        if OPS[op].defaults:
+            further |= self.activation_bits
         *constants, steps = self.store(name, tiles)
         return self.graph.node(
             op,
@@ -238,7 +250,7 @@ class _NativeDecoder:
             K=tiles.columns,
             bits=tiles.bits,
             block=tiles.block,
-            **epsilon,
+            **further,
         )
 
     def store(self, name: str, tiles: Tiles) -> list[str]:

@@ -10,6 +10,8 @@ from edgekit.device import Device
 from edgekit.errors import UserError
 from edgekit.schema import nearest
 
+ActivationBits = Literal[8, 15, "mixed"]
+ACTIVATIONS: dict[str, ActivationBits] = {"8": 8, "15": 15, "mixed": "mixed"}
 TargetName = Literal["portable", "x86", "arm", "npu-qnn", "npu-openvino"]
 
 
@@ -17,10 +19,12 @@ TargetName = Literal["portable", "x86", "arm", "npu-qnn", "npu-openvino"]
 class Target:
     """Where a bundle runs.
 
-    `native`: through our own operators, where the model is quantised and their kernels are at hand. `integer_bits`: the
-    widths of quantised matrices that stock operators multiply in integers, several times faster where the processor has
-    8-bit dot products, at a small loss that the parity check measures. 8-bit matrices always do: in float32 onnxruntime
-    unpacks them anew for every token. `provider` is set where an accelerator runs graphs of fixed shapes.
+    `native`: through our own operators, where the model is quantised and their kernels are at hand. `integer_bits`:
+    the widths of quantised matrices that stock operators multiply in integers, several times faster where the
+    processor has 8-bit dot products, at a small loss that the parity check measures. 8-bit matrices always do: in
+    float32 onnxruntime unpacks them anew for every token. `provider` is set where an accelerator runs graphs of
+    fixed shapes. `activations` are the bits that our operators round activations to where an export does not say:
+    small Arm cores wait for instructions when they decode, others for memory.
     """
 
     name: TargetName
@@ -29,12 +33,13 @@ class Target:
     native: bool
     integer_bits: tuple[int, ...]
     provider: Literal["", "qnn", "openvino"] = ""
+    activations: ActivationBits = 15
 
 
 TARGETS: dict[str, Target] = {
     "portable": Target("portable", "any", "", native=False, integer_bits=(8,)),
     "x86": Target("x86", "x86_64", "generic-x86", native=True, integer_bits=(4, 8)),
-    "arm": Target("arm", "aarch64", "pi5", native=True, integer_bits=(4, 8)),
+    "arm": Target("arm", "aarch64", "pi5", native=True, integer_bits=(4, 8), activations="mixed"),
     "npu-qnn": Target("npu-qnn", "any", "", native=False, integer_bits=(), provider="qnn"),
     "npu-openvino": Target("npu-openvino", "any", "", native=False, integer_bits=(), provider="openvino"),
 }

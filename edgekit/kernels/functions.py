@@ -308,7 +308,8 @@ def _norm(x: str, weight: str, normed: str) -> str:
 
 def _function(name: str, body: str) -> onnx.FunctionProto:
     op = OPS[name]
-    attributes, inputs, outputs = (", ".join(names) for names in (op.attributes, op.inputs, op.outputs))
+    given = (*op.attributes, *(f"{name}: int = {value}" for name, value in op.defaults.items()))
+    attributes, inputs, outputs = (", ".join(names) for names in (given, op.inputs, op.outputs))
     function = parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["": 21, "com.microsoft": 1]>\n'
         f"{name} <{attributes}> ({inputs}) => ({outputs}) {{{_NUMBERS}{body}}}"

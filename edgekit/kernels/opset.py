@@ -4,7 +4,8 @@ Quantised weights come in tiles of sixteen rows (`edgekit.kernels.pack`): `codes
 all rows share the zero point, `zeros` holds that one number, and where nothing is added, `minima`, `bias` or `residual`
 hold a single zero. Scales are float16, and `steps` then a single one; or they are uint8 and minima int8, and `steps`
 holds what a unit of them is worth in each row. So no input is ever absent (but steps, in models of before there were
-any), and each operator means one formula. W is the (N, K) matrix of values scale * (code - zero) + minimum.
+any), and each operator means one formula. W is the (N, K) matrix of values scale * (code - zero) + minimum; the kernels
+round what meets it to `activation_bits`, 15 or 8, in runs of up to 64 tokens, and to 8 in longer ones.
 
     QuantLinear            y = x W^T + bias + residual
     NormQuantLinear        y = n W^T + bias,                       n = RMSNorm(x) * norm
@@ -22,7 +23,7 @@ any), and each operator means one formula. W is the (N, K) matrix of values scal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 DOMAIN = "ai.edgekit"
@@ -33,18 +34,20 @@ CACHES: tuple[CacheType, ...] = get_args(CacheType)
 
 _WEIGHTS = ("codes", "scales", "zeros", "minima")
 _MATRIX = ("N", "K", "bits", "block")
+_BITS = {"activation_bits": 15}
 _HEADS = ("num_heads", "kv_num_heads", "head_dim", "local_window_size")
 _SPARSE_HEADS = (*_HEADS, "sinks", "recent", "followers", "dense_below", "per_query_head", "adamas", "prefill_budget")
 
 
 @dataclass(frozen=True)
 class Op:
-    """An operator's inputs, outputs and attributes, in order. All are required."""
+    """An operator's inputs, outputs and attributes, in order. All are required, but attributes with a default."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: tuple[str, ...]
+    defaults: dict[str, int] = field(default_factory=dict)
 
 
 def attention_op(*, normed: bool, sparse: bool, cache: CacheType) -> str:
@@ -67,9 +70,9 @@ def _attention(*, normed: bool, sparse: bool, cache: CacheType) -> Op:
 OPS = {
     op.name: op
     for op in (
-        Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual", "steps"), ("y",), _MATRIX),
-        Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias", "steps"), ("y",), (*_MATRIX, "epsilon")),
-        Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon")),
+        Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual", "steps"), ("y",), _MATRIX, _BITS),
+        Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias", "steps"), ("y",), (*_MATRIX, "epsilon"), _BITS),
+        Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon"), _BITS),
         Op("QuantEmbedding", ("ids", *_WEIGHTS, "steps"), ("y",), _MATRIX),
         *(
             _attention(normed=normed, sparse=sparse, cache=cache)

@@ -103,6 +103,9 @@ class Linear {
  public:
   static constexpr bool kLastOptional = true;
   explicit Linear(const Info& info) : w_(read_matrix(info)) {
+    const int64_t activations = info.integer_or("activation_bits", 15);
+    if (activations != 8 && activations != 15) fail("attribute activation_bits must be 8 or 15: got %lld", (long long)activations);
+    fine_rows_ = activations == 8 ? 0 : g_fine_rows;
     if (kHalves && w_.rows % 2) fail("a gated matrix must have as many gate rows as up rows: N is %lld", (long long)w_.rows);
     width_ = kHalves ? w_.rows / 2 : w_.rows;
     tiles_ = (width_ + kLanes - 1) / kLanes;
@@ -186,7 +189,7 @@ class Linear {
   }
 
   Matrix w_;
-  const int64_t fine_rows_ = g_fine_rows;
+  int64_t fine_rows_ = 0;
   int64_t width_ = 0, tiles_ = 0;
   float epsilon_ = 0.0f;
   const float* norm_ = nullptr;

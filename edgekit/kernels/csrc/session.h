@@ -91,6 +91,15 @@ class Info {
     }
     return value;
   }
+  // `otherwise` where the model does not give it.
+  int64_t integer_or(const char* name, int64_t otherwise) const {
+    int64_t value = otherwise;
+    if (OrtStatus* status = call<OrtStatus*>(KernelInfoGetAttribute_int64, info_, name, &value)) {
+      call<void>(ReleaseStatus, status);
+      return otherwise;
+    }
+    return value;
+  }
   float number(const char* name) const {
     float value = 0;
     given(call<OrtStatus*>(KernelInfoGetAttribute_float, info_, name, &value), name);
