@@ -19,12 +19,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCE = "llama-cpp-python==0.3.36"
 OURS = """
-import dataclasses, os, pathlib, sys
+import os, pathlib, sys
 from edgekit.bundle import MODEL, Bundle
 from edgekit.runtime.engine import Engine
 bundle = Bundle.open(pathlib.Path(sys.argv[1]))
-spec = dataclasses.replace(bundle.spec, activations=int(sys.argv[3]))
-engine = Engine(bundle.file(MODEL), spec, context=256, threads=1)
+engine = Engine(bundle.file(MODEL), bundle.spec, context=256, threads=1)
 token = 1
 for _ in range(int(sys.argv[2]) + 1):
     token = int(engine.forward([token])[-1].argmax())
@@ -46,14 +45,11 @@ class Emulator:
         self.plugin = self.folder / "count.so"
         run("cc", "-shared", "-fPIC", "-O2", HERE / "native" / "count.c", "-o", self.plugin)
 
-    def edgekit(self, bundle: Path, tokens: int, *, activations: int) -> list[int]:
-        """Instructions of each of `tokens` decoded tokens, everything that runs included: Python, sampling, kernels.
-
-        `activations` are their bits: see `DecoderSpec`.
-        """
+    def edgekit(self, bundle: Path, tokens: int) -> list[int]:
+        """Instructions of each of `tokens` decoded tokens, everything that runs included: Python, sampling, kernels."""
         python = self.folder / "userland/usr/bin/python3.11"
         environment = {"PYTHONPATH": str(self.folder / "site"), "PYTHONDONTWRITEBYTECODE": "1"}
-        return self._count([str(python), "-c", OURS, str(bundle.resolve()), str(tokens), str(activations)], environment)
+        return self._count([str(python), "-c", OURS, str(bundle.resolve()), str(tokens)], environment)
 
     def llama_cpp(self, program: Path, model: Path, tokens: int) -> list[int]:
         return self._count([str(program.resolve()), str(model.resolve()), str(tokens)], {})

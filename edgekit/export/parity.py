@@ -130,9 +130,10 @@ def most_sensitive(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -
 
 def coarse_layers(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> frozenset[int]:
     """The layers, the head counting as one more, that activations of 8 bits move least: as many as change no token and
-    move the model by `COARSE_KL` at most together. It takes one NumPy forward for each layer, and a few.
+    move the model by `COARSE_KL` at most together. It takes one NumPy forward of two sequences for each layer, and a
+    few of all.
     """
-    order = most_sensitive(checkpoint, sequences)[::-1]
+    order = most_sensitive(checkpoint, sequences[:2])[::-1]
     exact = forward(checkpoint, sequences)
     least, most = 0, len(order)  # the first number is known to be good
     while least < most:
