@@ -199,8 +199,11 @@ def refit(W: Floats, metric: Metric, codes: Bytes, lattice: Lattice) -> Lattice:
         zero=lattice.zero if grid.offset == "zero" else None,
         minimum=minimum[0] if minimum else None,
     )
-    worse = _row_errors(W, restored(codes, new), metric.H) > _row_errors(W, restored(codes, lattice), metric.H)
-    return _choose(worse, lattice, new)
+    # e as a function of the unknowns s is s^T A s - 2 b^T s and a constant: from s to t it grows by (t - s)^T (A (s + t) - 2 b)
+    stored = np.stack([new.scale, new.minimum], axis=2)[..., :count].reshape(rows, -1)
+    both = held + stored
+    slope = (system @ both[..., None])[..., 0] - ridge[:, None] * both - 2 * right
+    return _choose(np.einsum("ri,ri->r", stored - held, slope) > 0, lattice, new)
 
 
 class _Points:
