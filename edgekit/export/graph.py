@@ -95,6 +95,19 @@ class Graph:
         self._nodes.append(helper.make_node(op, kept, names, name=name, domain=domain, **attributes))
         return names[0]
 
+    @property
+    def size(self) -> int:
+        """How many nodes there are."""
+        return len(self._nodes)
+
+    def since(self, size: int) -> list[onnx.NodeProto]:
+        """The nodes that were added after there were `size`."""
+        return self._nodes[size:]
+
+    def cut(self, size: int) -> None:
+        """Take away all nodes but the first `size`."""
+        del self._nodes[size:]
+
     def contrib(
         self, op: str, inputs: Sequence[str], name: str, *, outputs: Sequence[str] = (), **attributes: Any
     ) -> str:

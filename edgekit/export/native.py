@@ -28,7 +28,7 @@ from edgekit.export.parts import Parts
 from edgekit.export.sparse import KeyCode, SparseOptions
 from edgekit.export.values import padded_values
 from edgekit.kernels.functions import function_bodies
-from edgekit.kernels.opset import DOMAIN, OPS, CacheType, attention_op
+from edgekit.kernels.opset import DOMAIN, LAYER, OPS, CacheType, attention_op, layer_attributes, layer_parts
 from edgekit.kernels.pack import LANES, Tiles, interleave, tile
 from edgekit.model.heads import Heads
 from edgekit.weight import Dense, Factored, Quantized, concatenate, stored_parts
@@ -94,6 +94,7 @@ class _NativeDecoder:
         state = self.embed("model.embed_tokens")
         for index, cache in enumerate(caches):
             self.round_in(index)
+            size, before = self.graph.size, state
             layer = f"model.layers.{index}"
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
             qkv = self.read([f"{attention}.{x}_proj" for x in "qkv"], state, norm=f"{layer}.input_layernorm")
@@ -102,6 +103,7 @@ class _NativeDecoder:
             state = self.add(f"{attention}.o_proj", mixed, state)
             gated = self.gate(mlp, state, norm=f"{layer}.post_attention_layernorm")
             state = self.add(f"{mlp}.down_proj", gated, state)
+            self.join(layer, size, before)
         self.round_in(len(caches))
         self.head(self.parts.keep_last(state))
         kept = {"float16": TensorProto.FLOAT16, "int8": TensorProto.INT8, "int4": TensorProto.UINT8}[self.cache]
@@ -117,6 +119,33 @@ class _NativeDecoder:
         if any(cache.sparse for cache in caches):
             inputs.append(helper.make_tensor_value_info("budget", TensorProto.INT32, [1]))
         self.graph.save(inputs, outputs, title=self.config.architecture, functions=function_bodies())
+
+    def join(self, layer: str, size: int, state: str) -> None:
+        """One node in place of those that were added after `size`, where they are the usual five."""
+        nodes = self.graph.since(size)
+        attention = nodes[1].op_type if len(nodes) == len(LAYER) else ""
+        if f"{attention}Layer" not in OPS:
+            return
+        parts = layer_parts(attention)
+        if [node.op_type for node in nodes] != [part.name for part in parts.values()]:
+            return
+        passed = {state, *(node.output[0] for node in nodes)}
+        inputs = [name for node in nodes for name in node.input if name not in passed]
+        attributes: dict[str, float] = {}
+        for node, (prefix, part) in zip(nodes, parts.items(), strict=True):
+            given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            attributes |= {outer: given[name] for name, outer in layer_attributes(prefix, part).items()}
+        outputs = [nodes[-1].output[0], *nodes[1].output[1:]]
+        self.graph.cut(size)
+        self.graph.node(
+            f"{attention}Layer",
+            [state, *inputs],
+            layer,
+            outputs=outputs,
+            domain=DOMAIN,
+            **attributes,
+            **self.activation_bits,
+        )
 
     def round_in(self, layer: int) -> None:
         """What follows is this layer's."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
-from onnx import parser
+from onnx import AttributeProto, helper, parser
 
 from edgekit.kernels.attention_functions import attention_bodies
-from edgekit.kernels.opset import DOMAIN, OPS
+from edgekit.kernels.opset import DOMAIN, OPS, layer_attributes, layer_inputs, layer_parts
 
 # The bodies' text is put together from the parts below. N and K are those of the table; B, S and Z are what
 # MatMulNBits takes; other capitals are replaced.
@@ -294,7 +294,34 @@ def function_bodies(*, int8_activations: bool = True) -> list[onnx.FunctionProto
         "QuantEmbedding": _matrix(parts=1) + _EMBEDDING,
         **attention_bodies(_norm("q_heads", "q_norm", "q_normed") + _norm("k_heads", "k_norm", "k_normed")),
     }
-    return [_function(name, body) for name, body in bodies.items()]
+    layers = [_layer(name) for name in bodies if "Attention" in name]
+    return [*(_function(name, body) for name, body in bodies.items()), *layers]
+
+
+def _layer(attention: str) -> onnx.FunctionProto:
+    """A layer, of functions of the operators that it is made of."""
+    op = OPS[f"{attention}Layer"]
+    fed = {"qkv_": ["x"], "": ["qkv_y"], "out_": ["mixed"], "gate_": ["state"], "down_": ["gated"]}
+    made = {"qkv_": ["qkv_y"], "": ["mixed", *op.outputs[1:]], "out_": ["state"], "gate_": ["gated"], "down_": ["y"]}
+    residuals = {"out_": "x", "down_": "state"}
+    nodes = []
+    for prefix, part in layer_parts(attention).items():
+        given = iter(layer_inputs(prefix, part))
+        passed = iter(fed[prefix])
+        inputs = [
+            residuals[prefix] if name == "residual" else next(passed) if name in ("x", "qkv") else next(given)
+            for name in part.inputs
+        ]
+        node = helper.make_node(part.name, inputs, made[prefix], domain=DOMAIN)
+        for name, outer in layer_attributes(prefix, part).items():
+            kind = AttributeProto.FLOAT if name == "epsilon" else AttributeProto.INT
+            node.attribute.append(AttributeProto(name=name, type=kind, ref_attr_name=outer))
+        nodes.append(node)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 21), ("com.microsoft", 1), (DOMAIN, 1))]
+    defaults = [helper.make_attribute(name, value) for name, value in op.defaults.items()]
+    return helper.make_function(
+        DOMAIN, op.name, op.inputs, op.outputs, nodes, opsets, attributes=op.attributes, attribute_protos=defaults
+    )
 
 
 def _matrix(*, parts: int) -> str:

@@ -19,6 +19,9 @@ round what meets it to `activation_bits`, 15 or 8, in runs of up to 64 tokens, a
                            the same for several tokens, and for one token an estimate of it: positions that small codes
                            of the keys find are attended exactly, the others by their estimated weights and the mean
                            values of their pages (`edgekit.kernels.sparse`). Without the kernels it is exact.
+    ...Layer               a layer of a decoder: NormQuantLinear, one of the attention operators, QuantLinear (+ x),
+                           GatedNormQuantLinear, QuantLinear (+ what the one before gave). Its inputs and attributes
+                           are theirs, with the prefixes of `LAYER`; each reads what the one before made
 """
 
 from __future__ import annotations
@@ -67,18 +70,48 @@ def _attention(*, normed: bool, sparse: bool, cache: CacheType) -> Op:
     return Op(name, (*inputs, *found, *norms), ("y", *(f"present_{part}" for part in kept)), attributes)
 
 
-OPS = {
-    op.name: op
-    for op in (
-        Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual", "steps"), ("y",), _MATRIX, _BITS),
-        Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias", "steps"), ("y",), (*_MATRIX, "epsilon"), _BITS),
-        Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon"), _BITS),
-        Op("QuantEmbedding", ("ids", *_WEIGHTS, "steps"), ("y",), _MATRIX),
-        *(
-            _attention(normed=normed, sparse=sparse, cache=cache)
-            for cache in CACHES
-            for sparse in ((False, True) if cache != "int4" else (False,))
-            for normed in (False, True)
-        ),
-    )
-}
+_LINEAR = (
+    Op("QuantLinear", ("x", *_WEIGHTS, "bias", "residual", "steps"), ("y",), _MATRIX, _BITS),
+    Op("NormQuantLinear", ("x", "norm", *_WEIGHTS, "bias", "steps"), ("y",), (*_MATRIX, "epsilon"), _BITS),
+    Op("GatedNormQuantLinear", ("x", "norm", *_WEIGHTS, "steps"), ("y",), (*_MATRIX, "epsilon"), _BITS),
+    Op("QuantEmbedding", ("ids", *_WEIGHTS, "steps"), ("y",), _MATRIX),
+)
+_ATTENTION = tuple(
+    _attention(normed=normed, sparse=sparse, cache=cache)
+    for cache in CACHES
+    for sparse in ((False, True) if cache != "int4" else (False,))
+    for normed in (False, True)
+)
+
+# The operators of a layer, in order, and the prefixes that their inputs and attributes have there; "" is attention.
+LAYER = {
+    "qkv_": "NormQuantLinear", "": "Attention", "out_": "QuantLinear", "gate_": "GatedNormQuantLinear",
+    "down_": "QuantLinear",
+}  # fmt: skip
+_PASSED = {"x", "qkv", "residual"}  # inputs that a layer's operators have of each other
+
+
+def layer_parts(attention: str) -> dict[str, Op]:
+    """The operators of a layer with this attention operator, by prefix."""
+    known = {op.name: op for op in (*_LINEAR, *_ATTENTION)}
+    return {prefix: known[name if prefix else attention] for prefix, name in LAYER.items()}
+
+
+def layer_inputs(prefix: str, op: Op) -> list[str]:
+    """What an operator of a layer takes from the layer's inputs, as they are called there."""
+    return [f"{prefix}{name}" for name in op.inputs if name not in _PASSED]
+
+
+def layer_attributes(prefix: str, op: Op) -> dict[str, str]:
+    """An operator's attributes as the layer calls them; epsilon is the same for all."""
+    return {name: name if name == "epsilon" else f"{prefix}{name}" for name in op.attributes}
+
+
+def _layer(attention: Op) -> Op:
+    parts = layer_parts(attention.name)
+    inputs = [name for prefix, op in parts.items() for name in layer_inputs(prefix, op)]
+    attributes = dict.fromkeys(name for prefix, op in parts.items() for name in layer_attributes(prefix, op).values())
+    return Op(f"{attention.name}Layer", ("x", *inputs), attention.outputs, tuple(attributes), _BITS)
+
+
+OPS = {op.name: op for op in (*_LINEAR, *_ATTENTION, *map(_layer, _ATTENTION))}

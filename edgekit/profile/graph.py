@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.errors import ModelError, UserError
-from edgekit.kernels.opset import OPS
+from edgekit.kernels.opset import OPS, layer_attributes, layer_parts
 
 # TensorProto.DataType -> bits of an element; strings have no size.
 _BITS = {
@@ -24,7 +24,7 @@ _BITS = {
 }  # fmt: skip
 # Operators that read a few rows of their table, and which input that table is.
 _ROW_READERS = {"Gather", "GatherBlockQuantized", "QuantEmbedding"}
-_ROTARY = {name for name in OPS if "Attention" in name} | {"GroupQueryAttention", "RotaryEmbedding"}
+_ROTARY = {name for name in OPS if "Attention" in name and not name.endswith("Layer")} | {"GroupQueryAttention", "RotaryEmbedding"}
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,26 @@ def _graph(model: memoryview, path: Path) -> OnnxGraph:
     constants: dict[str, Constant] = {}
     for field, value in _fields(graphs[-1]):
         if field == 1 and isinstance(value, memoryview):
-            nodes.append(_node(value))
+            nodes += _taken_apart(_node(value))
         elif field == 5 and isinstance(value, memoryview):
             constant = _constant(value)
             constants[constant.name] = constant
     return OnnxGraph(tuple(nodes), constants)
+
+
+def _taken_apart(node: Node) -> list[Node]:
+    """A layer as the operators that it is made of; any other node as it is. What passes between them has no name."""
+    attention = node.op.removesuffix("Layer")
+    if node.op not in OPS or attention == node.op or len(node.inputs) != len(OPS[node.op].inputs):
+        return [node]
+    given = dict(zip(OPS[node.op].inputs, node.inputs, strict=True))
+    found = []
+    for prefix, part in layer_parts(attention).items():
+        inputs = tuple(given.get(f"{prefix}{name}", "") for name in part.inputs)
+        numbers = {name: node.numbers[outer] for name, outer in layer_attributes(prefix, part).items() if outer in node.numbers}
+        name = f"{node.name}.{'mlp' if prefix in ('gate_', 'down_') else 'self_attn'}.{prefix or 'attention_'}{part.name}"
+        found.append(Node(name, part.name, inputs, (), numbers))
+    return found
 
 
 def _node(message: memoryview) -> Node:

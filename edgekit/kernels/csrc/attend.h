@@ -18,6 +18,7 @@ namespace {
 using ort::Context;
 using ort::fail;
 using ort::Info;
+using ort::Pool;
 using ort::Tensor;
 
 // Which of the operators: with RMSNorm of each query and key head before the rotation; sparse, where one token attends to
@@ -34,7 +35,8 @@ struct AttentionForm {
 //         [center, encoder, decoder, budget], [q_norm, k_norm]; outputs: y and the present of what is past.
 class Attend {
  public:
-  Attend(const Info& info, AttentionForm form) : form_(form) {
+  // `before`: where past_key stands, less its place above.
+  explicit Attend(const Info& info, AttentionForm form, size_t before = 0) : form_(form), before_(before) {
     kv_heads_ = info.integer("kv_num_heads", 1, 1024);
     const int64_t heads = info.integer("num_heads", 1, 1024);
     head_dim_ = info.integer("head_dim", kLanes, Selection::kWidest);
@@ -47,7 +49,7 @@ class Attend {
     if (window_ < 0) window_ = 0;
     if (form_.sparse) read_sparse(info);
     if (form_.normed) {
-      const size_t norms = sine_input() + (form_.sparse ? 5 : 1);
+      const size_t norms = before_ + sine_input() + (form_.sparse ? 5 : 1);
       epsilon_ = info.number("epsilon");
       q_norm_ = info.constant(norms, "q_norm", ort::kFloat, head_dim_).as<float>();
       k_norm_ = info.constant(norms + 1, "k_norm", ort::kFloat, head_dim_).as<float>();
@@ -55,16 +57,33 @@ class Attend {
   }
 
   void compute(const Context& context) const {
-    const size_t sine_at = sine_input();
-    const Tensor x = context.input(0, "qkv"), past_keys = context.input(1, "past_key"),
-                 past_values = context.input(2, "past_value"), last = context.input(sine_at - 2, "last"),
-                 cosine = context.input(sine_at - 1, "cos"), sine = context.input(sine_at, "sin");
-    const int64_t d = head_dim_, q_width = kv_heads_ * group_ * d, width = q_width + 2 * kv_heads_ * d;
-    if (x.rank != 3 || x.dims[0] != 1 || x.dims[2] != width) {
-      fail("qkv must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)width,
+    const Tensor x = context.input(0, "qkv");
+    if (x.rank != 3 || x.dims[0] != 1 || x.dims[2] != width()) {
+      fail("qkv must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)width(),
            x.shape().c_str());
     }
-    const int64_t tokens = x.dims[1], length = past_keys.rank == 4 ? past_keys.dims[2] : 0;
+    const Task task = prepare(context, x.dims[1]);
+    const int64_t dims[3] = {1, task.tokens, mixed_width()};
+    run(context, task, x.as<float>(), static_cast<float*>(context.output(0, dims, 3)));
+  }
+
+  int64_t mixed_width() const { return kv_heads_ * group_ * head_dim_; }
+  int64_t width() const { return mixed_width() + 2 * kv_heads_ * head_dim_; }
+
+  // What a run reads beside q, k and v, and the caches that it writes.
+  struct Task {
+    int64_t tokens, first, total;
+    const float *cosine, *sine;
+    Cache cache;
+    Summary summary;
+  };
+
+  Task prepare(const Context& context, int64_t tokens) const {
+    const size_t sine_at = before_ + sine_input();
+    const Tensor past_keys = context.input(before_ + 1, "past_key"), past_values = context.input(before_ + 2, "past_value"),
+                 last = context.input(sine_at - 2, "last"), cosine = context.input(sine_at - 1, "cos"),
+                 sine = context.input(sine_at, "sin");
+    const int64_t d = head_dim_, length = past_keys.rank == 4 ? past_keys.dims[2] : 0;
     const int64_t row_size = form_.bits == 4 ? d / 2 : d;  // places of a row
     for (const auto& [name, past] : {std::pair{"past_key", &past_keys}, {"past_value", &past_values}}) {
       if (past->rank != 4 || past->dims[0] != 1 || past->dims[1] != kv_heads_ || past->dims[2] != length || past->dims[3] != row_size) {
@@ -83,22 +102,25 @@ class Attend {
              table->shape().c_str());
       }
     }
-    const int64_t dims[3] = {1, tokens, q_width};
-    float* out = static_cast<float*>(context.output(0, dims, 3));
-    const Cache cache = present(context, past_keys, past_values, length);
-    Summary summary{};
-    if (form_.sparse) summary = summaries(context, length);
-    if (tokens == 0) return;
+    Task task{tokens, first, total, cosine.as<float>(), sine.as<float>(), present(context, past_keys, past_values, length), {}};
+    if (form_.sparse) task.summary = summaries(context, length);
+    return task;
+  }
 
+  // x: [tokens][width()]; out: [tokens][mixed_width()]
+  void run(const Pool& pool, const Task& task, const float* x, float* out) const {
+    const auto& [tokens, first, total, cosine, sine, cache, summary] = task;
+    if (tokens == 0) return;
+    const int64_t d = head_dim_, q_width = mixed_width();
     float* q = scratch<float, Use::kQueries>(tokens * (q_width + kv_heads_ * d));
     float* rotated_keys = q + tokens * q_width;
     const int threads = tokens == 1 ? g_decode_threads : g_prefill_threads;
     const size_t cuts = pieces(tokens, threads, 8);
-    context.parallel(cuts, [&](size_t i) {
+    pool.parallel(cuts, [&, first = first, cosine = cosine, sine = sine, &cache = cache, &summary = summary](size_t i) {
       for (int64_t t = share(tokens, i, cuts); t < share(tokens, i + 1, cuts); ++t) {
-        const float* row = x.as<float>() + t * width;
-        const float* c = cosine.as<float>() + (first + t) * (d / 2);
-        const float* s = sine.as<float>() + (first + t) * (d / 2);
+        const float* row = x + t * width();
+        const float* c = cosine + (first + t) * (d / 2);
+        const float* s = sine + (first + t) * (d / 2);
         for (int64_t h = 0; h < kv_heads_ * group_; ++h) rotate(row + h * d, c, s, q_norm_, q + t * q_width + h * d);
         if (form_.bits == 4) path().hadamard(q + t * q_width, kv_heads_ * group_, d);
         for (int64_t h = 0; h < kv_heads_; ++h) {
@@ -116,16 +138,16 @@ class Attend {
         }
       }
     });
-    if (form_.sparse && !sparse_.adamas) average(context, cache, first, total, summary);
+    if (form_.sparse && !sparse_.adamas) average(pool, cache, first, total, summary);
     if (form_.sparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
-      select(context, q, cache, total, summary, out);
+      select(pool, q, cache, total, summary, out);
     } else if (tokens == 1) {
-      decode(context, q, cache, total, out);
+      decode(pool, q, cache, total, out);
     } else {
-      prefill(context, q, cache, first, tokens, summary, out);
+      prefill(pool, q, cache, first, tokens, summary, out);
     }
     if (form_.bits == 4) {  // outputs are sums of transformed rows
-      context.parallel(cuts, [&](size_t i) {
+      pool.parallel(cuts, [&](size_t i) {
         const int64_t begin = share(tokens, i, cuts), end = share(tokens, i + 1, cuts);
         path().hadamard(out + begin * q_width, (end - begin) * kv_heads_ * group_, d);
       });
@@ -147,7 +169,7 @@ class Attend {
     dense_below_ = info.integer("dense_below", 0, int64_t{1} << 31);
     prefill_budget_ = info.integer("prefill_budget", 0, 1 << 20);
     if (window_ > 0) fail("local_window_size must be -1 for sparse attention: got %lld", (long long)window_);
-    const size_t center = sine_input() + 1;
+    const size_t center = before_ + sine_input() + 1;
     s.heads = info.integer("per_query_head", 0, 1) ? 1 : group_;
     s.adamas = info.integer("adamas", 0, 1) != 0;
     if (s.adamas) {
@@ -179,7 +201,7 @@ class Attend {
     Cache cache{{append(context, 1, keys, size), nullptr, form_.bits}, {append(context, 2, values, size), nullptr, form_.bits},
                 length, head_dim_};
     if (form_.whole()) {
-      const Tensor scales = context.input(3, "past_scales");
+      const Tensor scales = context.input(before_ + 3, "past_scales");
       if (scales.rank != 3 || scales.dims[0] != 1 || scales.dims[1] != 2 * kv_heads_ || scales.dims[2] != length) {
         fail("past_scales must have shape (1, %lld, %lld): got %s", (long long)(2 * kv_heads_), (long long)length,
              scales.shape().c_str());
@@ -208,8 +230,8 @@ class Attend {
 
   Summary summaries(const Context& context, int64_t length) const {
     const size_t at = codes_input();
-    const Tensor codes = context.input(at, "past_codes"), means = context.input(at + 1, "past_means"),
-                 budget = context.input(sine_input() + 4, "budget");
+    const Tensor codes = context.input(before_ + at, "past_codes"), means = context.input(before_ + at + 1, "past_means"),
+                 budget = context.input(before_ + sine_input() + 4, "budget");
     Summary s{};
     s.blocks = (length + kBlockTokens - 1) / kBlockTokens;
     s.code_bytes = s.blocks * kPageTokens * 4 * head_dim_;
@@ -231,7 +253,7 @@ class Attend {
   }
 
   // The mean values of the pages that tokens first..total - 1 lie in.
-  void average(const Context& context, const Cache& cache, int64_t first, int64_t total, const Summary& s) const {
+  void average(const Pool& pool, const Cache& cache, int64_t first, int64_t total, const Summary& s) const {
     const int64_t from = first / kPageTokens, to = (total + kPageTokens - 1) / kPageTokens, d = head_dim_;
     auto work = [&](size_t i) {
       const int64_t h = static_cast<int64_t>(i) / (to - from), page = from + static_cast<int64_t>(i) % (to - from);
@@ -243,25 +265,25 @@ class Attend {
     if (count <= 4 * kv_heads_) {
       for (int64_t i = 0; i < count; ++i) work(static_cast<size_t>(i));
     } else {
-      context.parallel(static_cast<size_t>(count), work);
+      pool.parallel(static_cast<size_t>(count), work);
     }
   }
 
   // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count
   // with their estimated weights, the next ones with their own values, the rest with their pages' means.
-  void select(const Context& context, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out) const {
+  void select(const Pool& pool, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out) const {
     const Selection selection(sparse_, q, cache, total, s);
     const int64_t segments = selection.segments(), units = sparse_.units();
     const auto count = static_cast<size_t>(units * segments);
     // Who estimates a unit's last segment also chooses.
     int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(units));
     std::fill(left, left + units, segments);
-    context.parallel(count, [&](size_t i) {
+    pool.parallel(count, [&](size_t i) {
       const int64_t unit = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
       selection.estimate(unit, segment);
       if (__atomic_sub_fetch(left + unit, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(unit);
     });
-    context.parallel(count, [&](size_t i) {
+    pool.parallel(count, [&](size_t i) {
       selection.attend(static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments);
     });
     for (int64_t h = 0; h < kv_heads_ * group_; ++h) selection.join(h, out + h * head_dim_);
@@ -284,11 +306,11 @@ class Attend {
     }
   }
 
-  void prefill(const Context& context, const float* q, const Cache& cache, int64_t first, int64_t tokens,
+  void prefill(const Pool& pool, const float* q, const Cache& cache, int64_t first, int64_t tokens,
                const Summary& summary, float* out) const {
     constexpr int64_t kTokens = 64;
     const int64_t parts = (tokens + kTokens - 1) / kTokens, width = kv_heads_ * group_ * head_dim_;
-    context.parallel(static_cast<size_t>(kv_heads_ * parts), [&](size_t i) {
+    pool.parallel(static_cast<size_t>(kv_heads_ * parts), [&](size_t i) {
       // The last tokens see the most keys: they begin first.
       const int64_t head = static_cast<int64_t>(i) % kv_heads_, part = parts - 1 - static_cast<int64_t>(i) / kv_heads_;
       AttentionTask task{};
@@ -316,12 +338,12 @@ class Attend {
   }
 
   // One token: the cache is cut into stretches, and the stretches' sums are joined.
-  void decode(const Context& context, const float* q, const Cache& cache, int64_t total, float* out) const {
+  void decode(const Pool& pool, const float* q, const Cache& cache, int64_t total, float* out) const {
     const int64_t d = head_dim_, from = window_ > 0 ? std::max<int64_t>(0, total - window_) : 0, length = total - from;
     // Stretches depend on the length alone, so that results do not depend on the number of threads.
     const int64_t stretches = std::clamp<int64_t>(length / 128, 1, 16), parts = kv_heads_ * stretches;
     float* joined = scratch<float, Use::kPartials>(static_cast<size_t>(parts * group_ * (d + 2)));
-    const bool small = g_decode_threads <= 1 || length * kv_heads_ < 96;
+    const bool small = g_decode_threads <= 1 || (length * kv_heads_ < 96 && !pool.enters_at_once());
     auto work = [&](int64_t i) {
       const int64_t head = i / stretches, stretch = i % stretches;
       const int64_t begin = from + length * stretch / stretches, end = from + length * (stretch + 1) / stretches;
@@ -343,7 +365,7 @@ class Attend {
     if (small) {
       for (int64_t i = 0; i < parts; ++i) work(i);
     } else {
-      context.parallel(static_cast<size_t>(parts), [&](size_t i) { work(static_cast<int64_t>(i)); });
+      pool.parallel(static_cast<size_t>(parts), [&](size_t i) { work(static_cast<int64_t>(i)); });
     }
     for (int64_t head = 0; head < kv_heads_; ++head) {
       for (int64_t h = 0; h < group_; ++h) join(joined + head * stretches * group_ * (d + 2), stretches, h, out + (head * group_ + h) * d);
@@ -365,6 +387,7 @@ class Attend {
   }
 
   AttentionForm form_;
+  size_t before_;
   int64_t kv_heads_, group_, head_dim_, window_, dense_below_ = 0, prefill_budget_ = 0;
   SparseShape sparse_{};
   float epsilon_ = 0.0f;

@@ -83,7 +83,9 @@ class Info {
  public:
   explicit Info(const OrtKernelInfo* info) : info_(info) {}
 
-  int64_t integer(const char* name, int64_t least, int64_t most) const {
+  // `name` as a prefix is there in attributes of an operator that is made of several.
+  int64_t integer(const std::string& full, int64_t least, int64_t most) const {
+    const char* name = full.c_str();
     int64_t value = 0;
     given(call<OrtStatus*>(KernelInfoGetAttribute_int64, info_, name, &value), name);
     if (value < least || value > most) {
@@ -137,8 +139,30 @@ class Info {
   const OrtKernelInfo* info_;
 };
 
+// Who shares the pieces of a loop.
+class Pool {
+ public:
+  // work(i) for i in 0..count-1. `work` must not throw.
+  template <class Work>
+  void parallel(size_t count, const Work& work) const {
+    if (count > 1) {
+      return run(count, [](void* user, size_t i) { (*static_cast<const Work*>(user))(i); },
+                 const_cast<void*>(static_cast<const void*>(&work)));
+    }
+    if (count == 1) work(size_t{0});
+  }
+  // What is read next, for those who wait to fetch.
+  virtual void expect(const void*, int64_t) const {}
+  // Whether a loop costs next to nothing to enter.
+  virtual bool enters_at_once() const { return false; }
+
+ protected:
+  ~Pool() = default;
+  virtual void run(size_t count, void (*piece)(void*, size_t), void* user) const = 0;
+};
+
 // A kernel at work: inputs, outputs, and the session's threads.
-class Context {
+class Context final : public Pool {
  public:
   explicit Context(OrtKernelContext* context) : context_(context) {}
 
@@ -154,17 +178,11 @@ class Context {
     check(call<OrtStatus*>(GetTensorMutableData, value, &data), "an output's data");
     return data;
   }
-  // work(i) for i in 0..count-1, on the session's own pool. `work` must not throw.
-  template <class Work>
-  void parallel(size_t count, const Work& work) const {
-    if (count <= 1) {
-      if (count == 1) work(size_t{0});
-      return;
-    }
-    void (*run)(void*, size_t) = [](void* user, size_t i) { (*static_cast<const Work*>(user))(i); };
-    void* user = const_cast<void*>(static_cast<const void*>(&work));
+
+ protected:
+  void run(size_t count, void (*piece)(void*, size_t), void* user) const override {
     const auto* context = static_cast<const OrtKernelContext*>(context_);
-    check(call<OrtStatus*>(KernelContext_ParallelFor, context, run, count, count, user), "a parallel loop");
+    check(call<OrtStatus*>(KernelContext_ParallelFor, context, piece, count, count, user), "a parallel loop");
   }
 
  private:

@@ -1,0 +1,138 @@
+// A whole layer of a decoder as one operator: NormQuantLinear, attention, QuantLinear, GatedNormQuantLinear and QuantLinear,
+// of which the last two QuantLinear add their residual.
+//
+// One token takes some 80 us a layer, of which five nodes of their own, each with loops on the session's pool, would be a
+// third. So its threads form a team, which enters the pool once.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+
+#include "attention_ops.h"
+#include "linear_ops.h"
+#include "team.h"
+
+namespace edgekit {
+namespace {
+
+// Inputs: x; norm, codes, scales, zeros, minima, bias, steps of q, k and v; those of the attention operator, without qkv;
+// codes, scales, zeros, minima, bias, steps of the output projection; norm, codes, scales, zeros, minima, steps of gate and
+// up; codes, scales, zeros, minima, bias, steps of the down projection. Outputs: those of attention.
+template <class AttentionOp>
+class Layer {
+  static constexpr size_t kAttention = 8, kOut = kAttention + std::size(AttentionOp::kInputs) - 1, kGate = kOut + 6,
+                          kDown = kGate + 6, kCount = kDown + 6;
+
+  static constexpr std::array<ort::Type, kCount> inputs() {
+    std::array<ort::Type, kCount> types{};
+    size_t at = 0;
+    types[at++] = ort::kFloat;
+    const auto matrix = [&](bool norm, bool bias) {
+      if (norm) types[at++] = ort::kFloat;
+      for (const ort::Type type : {ort::kUint8, ort::kAny, ort::kUint8, ort::kAny}) types[at++] = type;
+      if (bias) types[at++] = ort::kFloat;
+      types[at++] = ort::kHalf;
+    };
+    matrix(true, true);
+    for (size_t i = 1; i < std::size(AttentionOp::kInputs); ++i) types[at++] = AttentionOp::kInputs[i];
+    matrix(false, true);
+    matrix(true, false);
+    matrix(false, true);
+    return types;
+  }
+
+ public:
+  static constexpr std::array<ort::Type, kCount> kInputs = inputs();
+  static constexpr auto& kOutputs = AttentionOp::kOutputs;
+
+  explicit Layer(const Info& info)
+      : qkv_(info, {2, 6, 7}, "qkv_"), attend_(info, AttentionOp::kForm, kAttention - 1), out_(info, {kOut, kOut + 4, kOut + 5}, "out_"),
+        gate_(info, {kGate + 1, 0, kGate + 5}, "gate_"), down_(info, {kDown, kDown + 4, kDown + 5}, "down_") {
+    const auto expect = [](const char* name, int64_t found, int64_t wanted) {
+      if (found != wanted) fail("the layer's %s must be %lld: got %lld", name, (long long)wanted, (long long)found);
+    };
+    expect("qkv_N", qkv_.width(), attend_.width());
+    expect("out_K", out_.columns(), attend_.mixed_width());
+    expect("out_N", out_.width(), qkv_.columns());
+    expect("gate_K", gate_.columns(), out_.width());
+    expect("down_K", down_.columns(), gate_.width());
+    expect("down_N", down_.width(), out_.width());
+  }
+
+  void compute(const Context& context) const {
+    const Tensor x = context.input(0, "x");
+    const int64_t rows = qkv_.rows(x);
+    if (x.rank != 3 || x.dims[0] != 1) fail("x must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)qkv_.columns(), x.shape().c_str());
+    const Attend::Task task = attend_.prepare(context, rows);
+    float* y = static_cast<float*>(context.output(0, x.dims, x.rank));
+    if (rows == 0) return;
+    const int64_t widths[] = {qkv_.width(), out_.columns(), out_.width(), gate_.width()};
+    float* room = scratch<float, Use::kLayer>(static_cast<size_t>(rows * (widths[0] + widths[1] + widths[2] + widths[3])));
+    float *heads = room, *mixed = heads + rows * widths[0], *state = mixed + rows * widths[1], *gated = state + rows * widths[2];
+    const auto work = [&](const Pool& pool) {
+      pool.expect(qkv_.weights(), qkv_.bytes());
+      qkv_.run(pool, x.as<float>(), rows, nullptr, heads, out_.weights(), out_.bytes());
+      attend_.run(pool, task, heads, mixed);
+      out_.run(pool, mixed, rows, x.as<float>(), state, gate_.weights(), gate_.bytes());
+      gate_.run(pool, state, rows, nullptr, gated, down_.weights(), down_.bytes());
+      down_.run(pool, gated, rows, state, y);
+    };
+    if (rows > 1 || g_decode_threads <= 1) return work(context);
+    Team team;
+    context.parallel(static_cast<size_t>(g_decode_threads), [&](size_t) { team.join([&] { work(team); }); });
+  }
+
+ private:
+  Linear<Form::kNorm> qkv_;
+  Attend attend_;
+  Linear<Form::kPlain> out_;
+  Linear<Form::kGated> gate_;
+  Linear<Form::kPlain> down_;
+};
+
+struct AttentionLayer : Layer<Attention> {
+  using Layer::Layer;
+  static constexpr const char* kName = "AttentionLayer";
+};
+struct NormAttentionLayer : Layer<NormAttention> {
+  using Layer::Layer;
+  static constexpr const char* kName = "NormAttentionLayer";
+};
+struct HadamardSparseAttentionLayer : Layer<HadamardSparseAttention> {
+  using Layer::Layer;
+  static constexpr const char* kName = "HadamardSparseAttentionLayer";
+};
+struct NormHadamardSparseAttentionLayer : Layer<NormHadamardSparseAttention> {
+  using Layer::Layer;
+  static constexpr const char* kName = "NormHadamardSparseAttentionLayer";
+};
+struct AttentionInt8Layer : Layer<AttentionInt8> {
+  using Layer::Layer;
+  static constexpr const char* kName = "AttentionInt8Layer";
+};
+struct NormAttentionInt8Layer : Layer<NormAttentionInt8> {
+  using Layer::Layer;
+  static constexpr const char* kName = "NormAttentionInt8Layer";
+};
+struct AttentionInt4Layer : Layer<AttentionInt4> {
+  using Layer::Layer;
+  static constexpr const char* kName = "AttentionInt4Layer";
+};
+struct NormAttentionInt4Layer : Layer<NormAttentionInt4> {
+  using Layer::Layer;
+  static constexpr const char* kName = "NormAttentionInt4Layer";
+};
+struct HadamardSparseAttentionInt8Layer : Layer<HadamardSparseAttentionInt8> {
+  using Layer::Layer;
+  static constexpr const char* kName = "HadamardSparseAttentionInt8Layer";
+};
+struct NormHadamardSparseAttentionInt8Layer : Layer<NormHadamardSparseAttentionInt8> {
+  using Layer::Layer;
+  static constexpr const char* kName = "NormHadamardSparseAttentionInt8Layer";
+};
+
+}  // namespace
+}  // namespace edgekit
