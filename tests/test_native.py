@@ -152,7 +152,7 @@ def test_some_layers_may_have_activations_of_8_bits(tmp_path: Path, monkeypatch:
     assert row.value == row.n == layers + 1
     nodes = onnx.load(tmp_path / "mixed" / "model.onnx", load_external_data=False).graph.node
     bits = {node.op_type: [a.i for a in node.attribute if a.name == "activation_bits"] for node in nodes}
-    assert bits["QuantLinear"] == bits["NormQuantLinear"] == bits["GatedNormQuantLinear"] == [8]
+    assert bits["AttentionLayer"] == bits["NormQuantLinear"] == [8]
     (expected,) = forward(checkpoint, [IDS])
     assert 2e-3 < np.abs(run(tmp_path / "mixed", IDS, by=1) - expected).max() / np.abs(expected).max() < 6e-2
 

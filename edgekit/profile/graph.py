@@ -24,7 +24,10 @@ _BITS = {
 }  # fmt: skip
 # Operators that read a few rows of their table, and which input that table is.
 _ROW_READERS = {"Gather", "GatherBlockQuantized", "QuantEmbedding"}
-_ROTARY = {name for name in OPS if "Attention" in name and not name.endswith("Layer")} | {"GroupQueryAttention", "RotaryEmbedding"}
+_ROTARY = {name for name in OPS if "Attention" in name and not name.endswith("Layer")} | {
+    "GroupQueryAttention",
+    "RotaryEmbedding",
+}
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,12 @@ def _taken_apart(node: Node) -> list[Node]:
     found = []
     for prefix, part in layer_parts(attention).items():
         inputs = tuple(given.get(f"{prefix}{name}", "") for name in part.inputs)
-        numbers = {name: node.numbers[outer] for name, outer in layer_attributes(prefix, part).items() if outer in node.numbers}
-        name = f"{node.name}.{'mlp' if prefix in ('gate_', 'down_') else 'self_attn'}.{prefix or 'attention_'}{part.name}"
+        numbers = {
+            name: node.numbers[outer] for name, outer in layer_attributes(prefix, part).items() if outer in node.numbers
+        }
+        name = (
+            f"{node.name}.{'mlp' if prefix in ('gate_', 'down_') else 'self_attn'}.{prefix or 'attention_'}{part.name}"
+        )
         found.append(Node(name, part.name, inputs, (), numbers))
     return found
 

@@ -199,7 +199,7 @@ def refit(W: Floats, metric: Metric, codes: Bytes, lattice: Lattice) -> Lattice:
         zero=lattice.zero if grid.offset == "zero" else None,
         minimum=minimum[0] if minimum else None,
     )
-    # e as a function of the unknowns s is s^T A s - 2 b^T s and a constant: from s to t it grows by (t - s)^T (A (s + t) - 2 b)
+    # A row's e is s^T A s - 2 b^T s and a constant: from s to t it grows by (t - s)^T (A (s + t) - 2 b).
     stored = np.stack([new.scale, new.minimum], axis=2)[..., :count].reshape(rows, -1)
     both = held + stored
     slope = (system @ both[..., None])[..., 0] - ridge[:, None] * both - 2 * right

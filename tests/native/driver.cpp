@@ -13,11 +13,13 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "path.h"
+#include "team.h"
 
 using namespace edgekit;
 
@@ -613,11 +615,43 @@ int check_threads() {
   return different ? 1 : 0;
 }
 
+// A team whose leader shares many small loops, of no piece, one and many.
+int check_team() {
+  constexpr int kThreads = 4, kLoops = 3000;
+  std::vector<int64_t> sums(kLoops, -1);
+  std::vector<uint8_t> next(1 << 16);
+  for (int members = 1; members <= kThreads; ++members) {
+    Team team;
+    const auto lead = [&] {
+      std::vector<int64_t> values(41);
+      for (int loop = 0; loop < kLoops; ++loop) {
+        const size_t count = loop % 41;
+        std::fill(values.begin(), values.end(), 0);
+        team.expect(next.data() + loop, static_cast<int64_t>(next.size()) - loop);
+        team.parallel(count, [&](size_t i) { values[i] += loop + static_cast<int64_t>(i); });
+        sums[loop] = std::accumulate(values.begin(), values.end(), int64_t{0});
+      }
+    };
+    std::vector<std::thread> threads;
+    for (int t = 0; t < members; ++t) threads.emplace_back([&] { team.join(lead); });
+    for (std::thread& thread : threads) thread.join();
+    for (int64_t loop = 0; loop < kLoops; ++loop) {
+      const int64_t count = loop % 41;
+      if (sums[loop] == count * loop + count * (count - 1) / 2) continue;
+      std::printf("team of %d: loop %lld is wrong\n", members, static_cast<long long>(loop));
+      return 1;
+    }
+    std::fill(sums.begin(), sums.end(), -1);
+  }
+  std::printf("teams of 1 to %d: ok\n", kThreads);
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "quick";
-  if (mode == "threads") return check_threads();
+  if (mode == "threads") return check_threads() | check_team();
   if (mode == "quick" || mode == "full") return check_all(mode == "full");
   std::fprintf(stderr, "usage: driver [quick | full | threads]\n");
   return 2;

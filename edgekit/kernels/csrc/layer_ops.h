@@ -21,36 +21,19 @@ namespace {
 // Inputs: x; norm, codes, scales, zeros, minima, bias, steps of q, k and v; those of the attention operator, without qkv;
 // codes, scales, zeros, minima, bias, steps of the output projection; norm, codes, scales, zeros, minima, steps of gate and
 // up; codes, scales, zeros, minima, bias, steps of the down projection. Outputs: those of attention.
-template <class AttentionOp>
 class Layer {
-  static constexpr size_t kAttention = 8, kOut = kAttention + std::size(AttentionOp::kInputs) - 1, kGate = kOut + 6,
-                          kDown = kGate + 6, kCount = kDown + 6;
-
-  static constexpr std::array<ort::Type, kCount> inputs() {
-    std::array<ort::Type, kCount> types{};
-    size_t at = 0;
-    types[at++] = ort::kFloat;
-    const auto matrix = [&](bool norm, bool bias) {
-      if (norm) types[at++] = ort::kFloat;
-      for (const ort::Type type : {ort::kUint8, ort::kAny, ort::kUint8, ort::kAny}) types[at++] = type;
-      if (bias) types[at++] = ort::kFloat;
-      types[at++] = ort::kHalf;
-    };
-    matrix(true, true);
-    for (size_t i = 1; i < std::size(AttentionOp::kInputs); ++i) types[at++] = AttentionOp::kInputs[i];
-    matrix(false, true);
-    matrix(true, false);
-    matrix(false, true);
-    return types;
-  }
+ protected:
+  static constexpr size_t kAttention = 8;  // where its inputs begin
+  static constexpr size_t kMatrix = 6;     // inputs of each matrix after it
 
  public:
-  static constexpr std::array<ort::Type, kCount> kInputs = inputs();
-  static constexpr auto& kOutputs = AttentionOp::kOutputs;
-
-  explicit Layer(const Info& info)
-      : qkv_(info, {2, 6, 7}, "qkv_"), attend_(info, AttentionOp::kForm, kAttention - 1), out_(info, {kOut, kOut + 4, kOut + 5}, "out_"),
-        gate_(info, {kGate + 1, 0, kGate + 5}, "gate_"), down_(info, {kDown, kDown + 4, kDown + 5}, "down_") {
+  // `out`: where the inputs of the output projection begin.
+  Layer(const Info& info, AttentionForm form, size_t out)
+      : qkv_(info, {2, 6, 7}, "qkv_"),
+        attend_(info, form, kAttention - 1),
+        out_(info, {out, out + 4, out + 5}, "out_"),
+        gate_(info, {out + kMatrix + 1, 0, out + kMatrix + 5}, "gate_"),
+        down_(info, {out + 2 * kMatrix, out + 2 * kMatrix + 4, out + 2 * kMatrix + 5}, "down_") {
     const auto expect = [](const char* name, int64_t found, int64_t wanted) {
       if (found != wanted) fail("the layer's %s must be %lld: got %lld", name, (long long)wanted, (long long)found);
     };
@@ -65,7 +48,10 @@ class Layer {
   void compute(const Context& context) const {
     const Tensor x = context.input(0, "x");
     const int64_t rows = qkv_.rows(x);
-    if (x.rank != 3 || x.dims[0] != 1) fail("x must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)qkv_.columns(), x.shape().c_str());
+    if (x.rank != 3 || x.dims[0] != 1) {
+      fail("x must have shape (1, tokens, %lld): got %s; batches are not supported", (long long)qkv_.columns(),
+           x.shape().c_str());
+    }
     const Attend::Task task = attend_.prepare(context, rows);
     float* y = static_cast<float*>(context.output(0, x.dims, x.rank));
     if (rows == 0) return;
@@ -93,44 +79,71 @@ class Layer {
   Linear<Form::kPlain> down_;
 };
 
-struct AttentionLayer : Layer<Attention> {
-  using Layer::Layer;
+template <class AttentionOp>
+struct LayerOf : Layer {
+  static constexpr size_t kOut = kAttention + std::size(AttentionOp::kInputs) - 1;
+
+  explicit LayerOf(const Info& info) : Layer(info, AttentionOp::kForm, kOut) {}
+
+  static constexpr std::array<ort::Type, kOut + 3 * kMatrix> inputs() {
+    std::array<ort::Type, kOut + 3 * kMatrix> types{};
+    size_t at = 0;
+    const auto matrix = [&](bool norm, bool bias) {
+      if (norm) types[at++] = ort::kFloat;
+      for (const ort::Type type : {ort::kUint8, ort::kAny, ort::kUint8, ort::kAny}) types[at++] = type;
+      if (bias) types[at++] = ort::kFloat;
+      types[at++] = ort::kHalf;
+    };
+    types[at++] = ort::kFloat;
+    matrix(true, true);
+    for (size_t i = 1; i < std::size(AttentionOp::kInputs); ++i) types[at++] = AttentionOp::kInputs[i];
+    matrix(false, true);
+    matrix(true, false);
+    matrix(false, true);
+    return types;
+  }
+  static constexpr auto kInputs = inputs();
+  static constexpr auto& kOutputs = AttentionOp::kOutputs;
+};
+
+struct AttentionLayer : LayerOf<Attention> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "AttentionLayer";
 };
-struct NormAttentionLayer : Layer<NormAttention> {
-  using Layer::Layer;
+struct NormAttentionLayer : LayerOf<NormAttention> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "NormAttentionLayer";
 };
-struct HadamardSparseAttentionLayer : Layer<HadamardSparseAttention> {
-  using Layer::Layer;
+struct HadamardSparseAttentionLayer : LayerOf<HadamardSparseAttention> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "HadamardSparseAttentionLayer";
 };
-struct NormHadamardSparseAttentionLayer : Layer<NormHadamardSparseAttention> {
-  using Layer::Layer;
+struct NormHadamardSparseAttentionLayer : LayerOf<NormHadamardSparseAttention> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "NormHadamardSparseAttentionLayer";
 };
-struct AttentionInt8Layer : Layer<AttentionInt8> {
-  using Layer::Layer;
+struct AttentionInt8Layer : LayerOf<AttentionInt8> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "AttentionInt8Layer";
 };
-struct NormAttentionInt8Layer : Layer<NormAttentionInt8> {
-  using Layer::Layer;
+struct NormAttentionInt8Layer : LayerOf<NormAttentionInt8> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "NormAttentionInt8Layer";
 };
-struct AttentionInt4Layer : Layer<AttentionInt4> {
-  using Layer::Layer;
+struct AttentionInt4Layer : LayerOf<AttentionInt4> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "AttentionInt4Layer";
 };
-struct NormAttentionInt4Layer : Layer<NormAttentionInt4> {
-  using Layer::Layer;
+struct NormAttentionInt4Layer : LayerOf<NormAttentionInt4> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "NormAttentionInt4Layer";
 };
-struct HadamardSparseAttentionInt8Layer : Layer<HadamardSparseAttentionInt8> {
-  using Layer::Layer;
+struct HadamardSparseAttentionInt8Layer : LayerOf<HadamardSparseAttentionInt8> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "HadamardSparseAttentionInt8Layer";
 };
-struct NormHadamardSparseAttentionInt8Layer : Layer<NormHadamardSparseAttentionInt8> {
-  using Layer::Layer;
+struct NormHadamardSparseAttentionInt8Layer : LayerOf<NormHadamardSparseAttentionInt8> {
+  using LayerOf::LayerOf;
   static constexpr const char* kName = "NormHadamardSparseAttentionInt8Layer";
 };
 
