@@ -37,9 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
-def bundles(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, Path]:
+def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """The attention operator, a bundle with layers and one with their operators apart."""
     architecture, options = KINDS[request.param]
     checkpoint = native_model(architecture, Grid(4, 32, "minimum"))

@@ -1,4 +1,4 @@
-"""The decoder graph over our own operators: five nodes a layer.
+"""The decoder graph over our own operators: five a layer, and one node where a layer has just these.
 
     NormQuantLinear         norm, then q, k and v in one matrix
     Attention               rotary embedding, cache append in place, exact attention over the cache
