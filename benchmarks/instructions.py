@@ -68,6 +68,7 @@ class Emulator:
 
 def build_llama_cpp(work: Path, processor: str) -> Path:
     """The driver over llama.cpp for a processor, as a static program; what is there already is not built again."""
+    work = work.resolve()  # CMake looks for its tools elsewhere
     program = work / f"llama-{processor}"
     if program.exists():
         return program

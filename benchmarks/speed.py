@@ -58,10 +58,12 @@ def main() -> None:
         )
         compare(bench, work, repetitions=5 if options.quick else 9)
         python_share(bench, Session.open(work / "int4.bundle"))
+        build_library(bench, work / "build")
     bench.finish(as_json=options.json)
 
 
-RECIPE = Path(__file__).parent / "recipes" / "int4-symmetric.toml"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "benchmarks" / "recipes" / "int4-symmetric.toml"
 
 
 def build_peer(checkpoint: Checkpoint, dense: Path, output: Path) -> None:
@@ -172,6 +174,21 @@ def read_rate() -> float:
             thread.join()
         best = max(best, data.nbytes / (time.perf_counter() - clock) / 1e9)
     return best
+
+
+def build_library(bench: Benchmark, folder: Path) -> None:
+    """The kernels built as `pip install` builds them, on two cores: seconds and bytes."""
+    clock = time.perf_counter()
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(folder)],
+        ["cmake", "--build", str(folder), "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{command[:2]} failed:\n{done.stderr[-2000:]}")
+    bench.at_most("kernel library, built on two cores, s", time.perf_counter() - clock, 90.0)
+    size = (folder / "_edgekit_kernels.so").stat().st_size
+    bench.at_most("kernel library, MB", size / 1e6, 2.0)
 
 
 def quantize_peer(source: Path, target: Path) -> None:
