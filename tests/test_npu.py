@@ -200,6 +200,8 @@ def test_openvino_gives_the_same_logits_on_its_cpu(bundles: dict[str, Path]) -> 
     bundle = Bundle.open(bundles["npu-openvino"])
     expected = StaticEngine(bundle.path, bundle.spec, threads=1, choice=CPU).forward(IDS, keep=len(IDS))
     session = Session.open(bundles["npu-openvino"], threads=1, processor="cpu")
+    if "OpenVINO offers no CPU device" in session.engine.kernels:
+        pytest.skip("OpenVINO offers no CPU device on this processor")
     assert session.engine.kernels == "openvino CPU"
     got = session.engine.forward(IDS, keep=len(IDS))
     assert np.abs(expected - got).max() < 1e-4 * np.abs(expected).max()

@@ -107,5 +107,7 @@ def test_openvino_gives_the_same_embeddings_on_its_cpu(tmp_path: Path) -> None:
     folder = tiny_encoder(tmp_path / "model")
     export_npu_encoder(open_model(str(folder)), tmp_path / "out", target=TARGETS["npu-openvino"])
     embedder = Embedder.open(tmp_path / "out", threads=1, processor="cpu")
+    if "OpenVINO offers no CPU device" in embedder.encoder.kernels:
+        pytest.skip("OpenVINO offers no CPU device on this processor")
     assert embedder.encoder.kernels == "openvino CPU"
     assert np.sum(expected(folder, embedder) * embedder.embed(TEXTS), axis=1).min() > 0.999
