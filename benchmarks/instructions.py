@@ -92,6 +92,7 @@ def build_llama_cpp(work: Path, processor: str) -> Path:
                 "CMAKE_AR": work / "zig-ar", "CMAKE_RANLIB": work / "zig-ranlib",
                 **dict.fromkeys(off, "OFF")}  # fmt: skip
     build = work / f"build-{processor}"
+    shutil.rmtree(build, ignore_errors=True)  # what a build that was stopped left may be another compiler's
     run("cmake", "-S", source, "-B", build, *(f"-D{key}={value}" for key, value in settings.items()))
     run("cmake", "--build", build, "--target", "llama", "--parallel", "2")
     libraries = [next(build.rglob(f"lib{name}.a")) for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
