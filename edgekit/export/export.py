@@ -66,7 +66,7 @@ def export(
     rope_scaling: tuple[str, float] | None = None,
     sparse: SparseOptions | None = None,
     cache: CacheType = "float16",
-    activations: ActivationBits | None = None,
+    activations: ActivationBits = 15,
     factors: Literal["auto", "keep"] = "auto",
     calibration: str | None = None,
     wheelhouse: bool = False,
@@ -83,7 +83,7 @@ def export(
     default one that the model writes itself. `cache` is what keys and values are kept in, where the target has our
     operators; stock graphs keep float32. `activations` are the bits that our operators round activations to when
     they decode: 8 take fewer instructions, 15 agree with the checkpoint, "mixed" is 8 where that moves the model least
-    (docs/kernels.md); by default what the target has.
+    (docs/kernels.md).
 
     Raises UserError for a bad request, ModelError when the graph does not agree with the checkpoint (`accept_drift`
     lets it pass and records the numbers); nothing is left at `output` then.
@@ -111,14 +111,13 @@ def export(
     with new_folder(output, force=force) as folder:
         on_progress("building the graph")
         native = ours and runs_natively(checkpoint)
-        if activations not in (None, 15) and not native:
+        if activations != 15 and not native:
             raise UserError(
                 f"--activations {activations} is for our operators: the model must be quantised, the target native"
                 f" ({target.name}) and the kernels installed ({status()})"
             )
-        bits = activations or target.activations
         coarse: frozenset[int] = frozenset()
-        if native and bits == "mixed":
+        if activations == "mixed":
             on_progress("finding layers for activations of 8 bits")
             coarse = coarse_layers(checkpoint, _sequences(open_tokenizer(checkpoint), min(CHECKED, longest)))
         if sparse is not None and not native:
@@ -174,7 +173,7 @@ def export(
             budget=sparse.budget if sparse else None,
             decode_threads=device.decode_threads if device else None,
             cache="float" if cache == "float16" else cache,
-            activations=8 if bits == 8 and native else 15,
+            activations=8 if activations == 8 else 15,
         )
         (folder / SPEC).write_text(spec.to_json(), encoding="utf-8")
         for name, content in checkpoint.assets.items():
@@ -185,7 +184,7 @@ def export(
             checkpoint,
             folder,
             spec,
-            products=_products(checkpoint, target, bits if native else None),
+            products=_products(checkpoint, target, activations if native else None),
             accept_drift=accept_drift,
         )
         try:
@@ -202,7 +201,7 @@ def export(
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
         measured = (*measured, *decided)
-        if native and bits == "mixed":
+        if activations == "mixed":
             measured = (*measured, _coarse_row(coarse, config.layers))
         if target.arch == "aarch64":
             on_progress("packing what starts it on the device")

@@ -23,8 +23,7 @@ class Target:
     the widths of quantised matrices that stock operators multiply in integers, several times faster where the
     processor has 8-bit dot products, at a small loss that the parity check measures. 8-bit matrices always do: in
     float32 onnxruntime unpacks them anew for every token. `provider` is set where an accelerator runs graphs of
-    fixed shapes. `activations` are the bits that our operators round activations to where an export does not say:
-    small Arm cores wait for instructions when they decode, others for memory.
+    fixed shapes.
     """
 
     name: TargetName
@@ -33,13 +32,12 @@ class Target:
     native: bool
     integer_bits: tuple[int, ...]
     provider: Literal["", "qnn", "openvino"] = ""
-    activations: ActivationBits = 15
 
 
 TARGETS: dict[str, Target] = {
     "portable": Target("portable", "any", "", native=False, integer_bits=(8,)),
     "x86": Target("x86", "x86_64", "generic-x86", native=True, integer_bits=(4, 8)),
-    "arm": Target("arm", "aarch64", "pi5", native=True, integer_bits=(4, 8), activations="mixed"),
+    "arm": Target("arm", "aarch64", "pi5", native=True, integer_bits=(4, 8)),
     "npu-qnn": Target("npu-qnn", "any", "", native=False, integer_bits=(), provider="qnn"),
     "npu-openvino": Target("npu-openvino", "any", "", native=False, integer_bits=(), provider="openvino"),
 }
