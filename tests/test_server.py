@@ -338,9 +338,18 @@ def test_connections_that_ask_for_nothing_are_closed(
             pass
 
 
-def test_a_full_line_says_when_to_come_back(bundle: Path) -> None:
-    with served(make_model(bundle, max_tokens=1500), waiting=1) as server:
-        body = {"model": "tiny", "messages": HELLO, "max_tokens": 1500}
+def test_a_full_line_says_when_to_come_back(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(bundle)
+    answered, forward = threading.Event(), model.session.engine.forward
+
+    def held(*given: Any, **options: Any) -> Any:
+        """The model works on its first answer until somebody was turned away."""
+        answered.wait(20)
+        return forward(*given, **options)
+
+    monkeypatch.setattr(model.session.engine, "forward", held)
+    with served(model, waiting=1) as server:
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
         threads = [threading.Thread(target=post, args=(server, "/v1/chat/completions", body)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -348,6 +357,7 @@ def test_a_full_line_says_when_to_come_back(bundle: Path) -> None:
             time.sleep(0.005)
         headers = [("Host", f"127.0.0.1:{server.port}"), JSON]
         answer = http(server.port, "POST", "/v1/chat/completions", headers=headers, body=json.dumps(body).encode())
+        answered.set()
         assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "overloaded")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         for thread in threads:
