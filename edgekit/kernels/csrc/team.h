@@ -38,8 +38,10 @@ class Team final : public ort::Pool {
     for (int turns = 0; done_.load(std::memory_order_acquire) != count; ++turns) rest(turns);
   }
   void expect(const void* next, int64_t bytes) const override {
-    next_end_.store(static_cast<const uint8_t*>(next) + std::min(bytes, kMostAhead), std::memory_order_relaxed);
-    next_.store(static_cast<const uint8_t*>(next), std::memory_order_release);
+    // The end of it, where helpers begin.
+    const uint8_t* end = static_cast<const uint8_t*>(next) + bytes;
+    next_end_.store(end, std::memory_order_relaxed);
+    next_.store(end - std::min(bytes, kMostAhead), std::memory_order_release);
   }
   bool enters_at_once() const override { return true; }
 
