@@ -49,11 +49,10 @@ def arm(bench: Benchmark, work: Path, *, tokens: int) -> None:
     ours = {"15, the default": emulator.edgekit(work / "small.arm", tokens)}
     for bits in ("mixed", "8"):
         bundle = work / f"small.arm-{bits}"
-        if not bundle.exists():
-            export(
-                open_model(str(work / "small")), bundle, target=TARGETS["arm"], activations=ACTIVATIONS[bits],
-                accept_drift=True,
-            )  # fmt: skip
+        export(
+            open_model(str(work / "small")), bundle, target=TARGETS["arm"], activations=ACTIVATIONS[bits],
+            accept_drift=True, force=True,
+        )  # fmt: skip
         ours[bits] = emulator.edgekit(bundle, tokens)
     theirs = emulator.llama_cpp(build_llama_cpp(work / "llama", "cortex-a76"), model, tokens)
     note = "cortex-a76, one thread; all that runs is counted"

@@ -13,7 +13,7 @@ from edgekit.bundle import Bundle
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.compress import compress
 from edgekit.errors import UserError
-from edgekit.export import parity
+from edgekit.export import coarse, parity
 from edgekit.export.export import export
 from edgekit.export.native import runs_natively
 from edgekit.export.targets import find_target, host_target
@@ -140,13 +140,13 @@ def test_some_layers_may_have_activations_of_8_bits(tmp_path: Path, monkeypatch:
     layers = checkpoint.decoder.layers
     found = {}
     for kl in (0.0, 1e-4, 1e9):
-        monkeypatch.setattr(parity, "COARSE_KL", kl)
+        monkeypatch.setattr(coarse, "COARSE_KL", kl)
         monkeypatch.setattr(parity, "TIE", 1e9 if kl == 1e9 else 0.05)
-        found[kl] = parity.coarse_layers(checkpoint, sequences)
+        found[kl] = coarse.coarse_layers(checkpoint, sequences)
     assert found[0.0] == frozenset()
     assert found[0.0] <= found[1e-4] <= found[1e9] == frozenset(range(layers + 1))
 
-    monkeypatch.setattr(parity, "COARSE_KL", 1e9)
+    monkeypatch.setattr(coarse, "COARSE_KL", 1e9)
     manifest = export(checkpoint, tmp_path / "mixed", target=NATIVE, activations="mixed", accept_drift=True)
     (row,) = [row for row in manifest.measurements if row.name == "layers with 8-bit activations"]
     assert row.value == row.n == layers + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from edgekit.bundle import MODEL, SPEC, WEIGHTS, DecoderSpec
 from edgekit.checkpoint import Checkpoint, refuse_overlap
 from edgekit.device import Device, load_device
 from edgekit.errors import ModelError, UserError
+from edgekit.export.coarse import coarse_layers, coarse_row, fall_back, most_sensitive
 from edgekit.export.contract import contracted
 from edgekit.export.decoder import build_decoder
 from edgekit.export.native import build_native_decoder, runs_natively
@@ -26,9 +27,7 @@ from edgekit.export.parity import (
     Bounds,
     DriftError,
     check_parity,
-    coarse_layers,
     divergence,
-    most_sensitive,
 )
 from edgekit.export.record import write_manifest
 from edgekit.export.sparse import TOKENS, WRITTEN, KeyCode, SparseOptions, calibrate, written_text
@@ -196,13 +195,16 @@ def export(
             build = functools.partial(
                 build_decoder, checkpoint, folder, context=longest, integer_bits=target.integer_bits
             )
-            measured = _fall_back(checkpoint, build, check)
+            order = most_sensitive(
+                checkpoint, _sequences(open_tokenizer(checkpoint), min(CHECKED, config.context_length))
+            )
+            measured = fall_back(order, build, check)
         if rope_scaling is not None:
             note = f"{rope_scaling[0]} rope scaling: the model was not trained for it"
             measured = (*measured, Measurement("context, times the trained one", rope_scaling[1], "x", note=note))
         measured = (*measured, *decided)
         if activations == "mixed":
-            measured = (*measured, _coarse_row(coarse, config.layers))
+            measured = (*measured, coarse_row(coarse, config.layers))
         if target.arch == "aarch64":
             on_progress("packing what starts it on the device")
             measured = (*measured, *_starter(folder, spec, device, wheelhouse=wheelhouse))
@@ -292,50 +294,12 @@ def _moved(original: Checkpoint, contracted: Checkpoint, *, accept_drift: bool) 
     return Measurement("contracted products: mean KL to the factors", kl, "nat", n=sum(map(len, sequences)))
 
 
-def _fall_back(
-    checkpoint: Checkpoint,
-    build: Callable[..., object],
-    check: Callable[[], tuple[Measurement, ...]],
-) -> tuple[Measurement, ...]:
-    """The graph built anew with as few layers in float32 as it takes to pass, the most sensitive ones first.
-
-    Their number doubles from one. What `check` measured, and which layers. Raises DriftError: not even all suffice.
-    """
-    order = most_sensitive(
-        checkpoint, _sequences(open_tokenizer(checkpoint), min(CHECKED, checkpoint.decoder.context_length))
-    )
-    count = 1
-    while True:
-        chosen = order[:count]
-        build(exact_layers=chosen)
-        try:
-            measured = check()
-            break
-        except DriftError:
-            if count == len(order):
-                raise
-            count = min(2 * count, len(order))
-    names = [_named(layer, checkpoint.decoder.layers) for layer in sorted(chosen)]
-    note = f"8-bit activations there flip tokens: {', '.join(names)}"
-    return (*measured, Measurement("layers with float32 activations", len(chosen), "", n=len(order), note=note))
-
-
 def _sequences(tokenizer: Tokenizer, most: int) -> list[list[int]]:
     """The prompts that are compared, of at most `most` tokens. Raises ModelError: the tokenizer makes none."""
     found = [ids[:most] for ids in (tokenizer.encode(prompt).ids for prompt in PROMPTS) if ids]
     if not found:
         raise ModelError("the tokenizer must make tokens of English text: tokenizer.json gives none; is it damaged?")
     return found
-
-
-def _coarse_row(coarse: Collection[int], layers: int) -> Measurement:
-    fine = sorted(set(range(layers + 1)) - set(coarse))
-    named = ", ".join(_named(layer, layers) for layer in fine) or "none"
-    return Measurement("layers with 8-bit activations", len(coarse), "", n=layers + 1, note=f"15 bits: {named}")
-
-
-def _named(layer: int, layers: int) -> str:
-    return "the head" if layer == layers else f"layer {layer}"
 
 
 def _products(checkpoint: Checkpoint, target: Target, bits: ActivationBits | None) -> str:

@@ -16,7 +16,7 @@ the KL. Where our operators break their bound, the NumPy forward is run once mor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +38,7 @@ PROMPTS = (
 )
 TIE = 0.05
 OUR_STEPS = 16383
-EIGHT_BITS = 127
 SLACK = 3.0
-COARSE_KL = 1e-3  # nats that activations of 8 bits may move a model in the layers that they move least
 FLIPS = 0.02  # share of positions by which top-1 agreement may then be lower, too
 
 
@@ -63,7 +61,7 @@ class Bounds:
 BOUNDS = {
     "float32": Bounds(kl=1e-7, agreement=1.0),
     "int15": Bounds(kl=1e-4, agreement=1.0, rounds=True),  # our operators, up to 64 tokens at a time
-    "mixed": Bounds(kl=0.005, agreement=0.98),  # ours, some layers with activations of 8 bits: see `coarse_layers`
+    "mixed": Bounds(kl=0.005, agreement=0.98),  # ours, some layers with activations of 8 bits: see `.coarse`
     "int8": Bounds(kl=0.05, agreement=0.9),
 }
 
@@ -116,41 +114,6 @@ def widened(bounds: Bounds, exact: Sequence[Floats], rounded: Sequence[Floats]) 
     own = float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
     share = float(np.concatenate([agreement(*pair) for pair in pairs]).mean())
     return Bounds(max(bounds.kl, SLACK * own), min(bounds.agreement, share - FLIPS)), own
-
-
-def most_sensitive(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The layers, and last of all numbers the head, by what rounding only their inputs to 8 bits does: most first.
-
-    Token flips count first, then the KL. It takes one NumPy forward for each.
-    """
-    exact = forward(checkpoint, sequences)
-    harm = {layer: _harm(checkpoint, sequences, exact, {layer}) for layer in range(checkpoint.decoder.layers + 1)}
-    return sorted(harm, key=lambda layer: harm[layer], reverse=True)
-
-
-def coarse_layers(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> frozenset[int]:
-    """The layers, the head counting as one more, that activations of 8 bits move least: as many as change no token and
-    move the model by `COARSE_KL` at most together. It takes one NumPy forward of two sequences for each layer, and a
-    few of all.
-    """
-    order = most_sensitive(checkpoint, sequences[:2])[::-1]
-    exact = forward(checkpoint, sequences)
-    least, most = 0, len(order)  # the first number is known to be good
-    while least < most:
-        middle = (least + most + 1) // 2
-        flips, kl = _harm(checkpoint, sequences, exact, order[:middle])
-        least, most = (middle, most) if flips == 0 and kl <= COARSE_KL else (least, middle - 1)
-    return frozenset(order[:least])
-
-
-def _harm(
-    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], exact: Sequence[Floats], layers: Iterable[int]
-) -> tuple[int, float]:
-    """Tokens that change, and the mean KL, when the inputs of some layers are rounded to 8 bits."""
-    got = forward(checkpoint, sequences, rounds=Rounds(EIGHT_BITS, frozenset(layers)))
-    pairs = list(zip(exact, got, strict=True))
-    flips = sum(int((~agreement(*pair)).sum()) for pair in pairs)
-    return flips, float(np.concatenate([divergence(*pair) for pair in pairs]).mean())
 
 
 def all_logits(engine: Decoder, ids: Sequence[int]) -> Floats:

@@ -627,7 +627,7 @@ int check_team() {
       for (int loop = 0; loop < kLoops; ++loop) {
         const size_t count = loop % 41;
         std::fill(values.begin(), values.end(), 0);
-        team.expect(next.data() + loop, static_cast<int64_t>(next.size()) - loop);
+        team.expect({next.data() + loop, static_cast<int64_t>(next.size()) - loop});
         team.parallel(count, [&](size_t i) { values[i] += loop + static_cast<int64_t>(i); });
         sums[loop] = std::accumulate(values.begin(), values.end(), int64_t{0});
       }

@@ -15,12 +15,6 @@
 namespace edgekit {
 namespace {
 
-using ort::Context;
-using ort::fail;
-using ort::Info;
-using ort::Pool;
-using ort::Tensor;
-
 // Which of the operators: with RMSNorm of each query and key head before the rotation; sparse, where one token attends to
 // the positions that small codes of the keys find (docs/sparse-attention.md); with a cache of 16, 8 or 4 bits.
 struct AttentionForm {

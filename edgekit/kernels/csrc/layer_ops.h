@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <string_view>
 
 #include "attention_ops.h"
 #include "linear_ops.h"
@@ -59,11 +60,11 @@ class Layer {
     float* room = scratch<float, Use::kLayer>(static_cast<size_t>(rows * (widths[0] + widths[1] + widths[2] + widths[3])));
     float *heads = room, *mixed = heads + rows * widths[0], *state = mixed + rows * widths[1], *gated = state + rows * widths[2];
     const auto work = [&](const Pool& pool) {
-      pool.expect(qkv_.weights(), qkv_.bytes());
-      qkv_.run(pool, x.as<float>(), rows, nullptr, heads, out_.weights(), out_.bytes());
+      pool.expect(qkv_.weights());
+      qkv_.run(pool, x.as<float>(), rows, nullptr, heads, out_.weights());
       attend_.run(pool, task, heads, mixed);
-      out_.run(pool, mixed, rows, x.as<float>(), state, gate_.weights(), gate_.bytes());
-      gate_.run(pool, state, rows, nullptr, gated, down_.weights(), down_.bytes());
+      out_.run(pool, mixed, rows, x.as<float>(), state, gate_.weights());
+      gate_.run(pool, state, rows, nullptr, gated, down_.weights());
       down_.run(pool, gated, rows, state, y);
     };
     if (rows > 1 || g_decode_threads <= 1) return work(context);
@@ -102,49 +103,17 @@ struct LayerOf : Layer {
     matrix(false, true);
     return types;
   }
+  // The attention operator's, and "Layer".
+  static constexpr auto name() {
+    constexpr std::string_view kAttentionName = AttentionOp::kName, kEnd = "Layer";
+    std::array<char, kAttentionName.size() + kEnd.size() + 1> text{};
+    std::copy(kEnd.begin(), kEnd.end(), std::copy(kAttentionName.begin(), kAttentionName.end(), text.begin()));
+    return text;
+  }
+  static constexpr auto kText = name();
+  static constexpr const char* kName = kText.data();
   static constexpr auto kInputs = inputs();
   static constexpr auto& kOutputs = AttentionOp::kOutputs;
-};
-
-struct AttentionLayer : LayerOf<Attention> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "AttentionLayer";
-};
-struct NormAttentionLayer : LayerOf<NormAttention> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "NormAttentionLayer";
-};
-struct HadamardSparseAttentionLayer : LayerOf<HadamardSparseAttention> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "HadamardSparseAttentionLayer";
-};
-struct NormHadamardSparseAttentionLayer : LayerOf<NormHadamardSparseAttention> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "NormHadamardSparseAttentionLayer";
-};
-struct AttentionInt8Layer : LayerOf<AttentionInt8> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "AttentionInt8Layer";
-};
-struct NormAttentionInt8Layer : LayerOf<NormAttentionInt8> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "NormAttentionInt8Layer";
-};
-struct AttentionInt4Layer : LayerOf<AttentionInt4> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "AttentionInt4Layer";
-};
-struct NormAttentionInt4Layer : LayerOf<NormAttentionInt4> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "NormAttentionInt4Layer";
-};
-struct HadamardSparseAttentionInt8Layer : LayerOf<HadamardSparseAttentionInt8> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "HadamardSparseAttentionInt8Layer";
-};
-struct NormHadamardSparseAttentionInt8Layer : LayerOf<NormHadamardSparseAttentionInt8> {
-  using LayerOf::LayerOf;
-  static constexpr const char* kName = "NormHadamardSparseAttentionInt8Layer";
 };
 
 }  // namespace

@@ -253,6 +253,7 @@ void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, fl
 template <int Bits, Offset Kind, int Planes>
 inline void tile_rows(const Matrix& w, const Activations& x, const Epilogue& end, float* y, int64_t stride, int64_t tile,
                       int64_t row) {
+  // Many rows of one plane stand abreast where a path has a loop for that: no other is made.
   constexpr int kMost = Planes == 1 && kAbreast > 1 ? 2 : kAtOnce / Planes, kPair = kMost < 2 ? 1 : 2;
   for (; row + kMost <= x.rows; row += kMost) rows_product<Bits, Kind, Planes, kMost, false>(w, x, end, y, stride, tile, row);
   for (; row + kPair <= x.rows; row += kPair) rows_product<Bits, Kind, Planes, kPair, false>(w, x, end, y, stride, tile, row);

@@ -12,12 +12,6 @@
 namespace edgekit {
 namespace {
 
-using ort::Context;
-using ort::fail;
-using ort::Info;
-using ort::Pool;
-using ort::Tensor;
-
 // The attributes of a matrix, with its zero points and minima still unknown; their names begin with `prefix`.
 Matrix read_matrix(const Info& info, const std::string& prefix = "") {
   Matrix w{};
@@ -124,8 +118,7 @@ class Linear {
 
   int64_t columns() const { return w_.columns; }
   int64_t width() const { return width_; }
-  const uint8_t* weights() const { return w_.codes; }
-  int64_t bytes() const { return tiles_ * (kHalves ? 2 : 1) * w_.tile_codes(); }
+  ort::Bytes weights() const { return {w_.codes, tiles_ * (kHalves ? 2 : 1) * w_.tile_codes()}; }
 
   // Rows of a tensor whose last dimension is this product's.
   int64_t rows(const Tensor& x) const {
@@ -137,8 +130,7 @@ class Linear {
   }
 
   // `rows` of x; residual may be null. `next` is what will be multiplied next, if that is known.
-  void run(const Pool& pool, const float* x, int64_t rows, const float* residual, float* y, const uint8_t* next = nullptr,
-           int64_t next_bytes = 0) const {
+  void run(const Pool& pool, const float* x, int64_t rows, const float* residual, float* y, ort::Bytes next = {}) const {
     if (rows == 0) return;
     const int threads = rows == 1 ? g_decode_threads : g_prefill_threads;
     Activations codes{};
@@ -155,7 +147,7 @@ class Linear {
     pool.parallel(cuts, [&](size_t i) {
       path().quantize(x, w_.columns, norm_, epsilon_, w_.block, codes, share(rows, i, cuts), share(rows, i + 1, cuts));
     });
-    if (next) pool.expect(next, next_bytes);
+    if (next.count > 0) pool.expect(next);
     multiply(pool, codes, residual, y, threads);
   }
 

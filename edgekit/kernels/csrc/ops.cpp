@@ -56,11 +56,11 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
       ort::make_op<AttentionInt8>(), ort::make_op<NormAttentionInt8>(),
       ort::make_op<AttentionInt4>(), ort::make_op<NormAttentionInt4>(),
       ort::make_op<HadamardSparseAttentionInt8>(), ort::make_op<NormHadamardSparseAttentionInt8>(),
-      ort::make_op<AttentionLayer>(), ort::make_op<NormAttentionLayer>(),
-      ort::make_op<HadamardSparseAttentionLayer>(), ort::make_op<NormHadamardSparseAttentionLayer>(),
-      ort::make_op<AttentionInt8Layer>(), ort::make_op<NormAttentionInt8Layer>(),
-      ort::make_op<AttentionInt4Layer>(), ort::make_op<NormAttentionInt4Layer>(),
-      ort::make_op<HadamardSparseAttentionInt8Layer>(), ort::make_op<NormHadamardSparseAttentionInt8Layer>(),
+      ort::make_op<LayerOf<Attention>>(), ort::make_op<LayerOf<NormAttention>>(),
+      ort::make_op<LayerOf<HadamardSparseAttention>>(), ort::make_op<LayerOf<NormHadamardSparseAttention>>(),
+      ort::make_op<LayerOf<AttentionInt8>>(), ort::make_op<LayerOf<NormAttentionInt8>>(),
+      ort::make_op<LayerOf<AttentionInt4>>(), ort::make_op<LayerOf<NormAttentionInt4>>(),
+      ort::make_op<LayerOf<HadamardSparseAttentionInt8>>(), ort::make_op<LayerOf<NormHadamardSparseAttentionInt8>>(),
   };
   // One domain for all sessions of the process; onnxruntime keeps a pointer to it.
   static OrtCustomOpDomain* domain = nullptr;

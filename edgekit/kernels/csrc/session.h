@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdarg>
+#include <cstdint>
 #include <cstdio>
 #include <string>
 #include <utility>
@@ -139,6 +140,12 @@ class Info {
   const OrtKernelInfo* info_;
 };
 
+// A stretch of memory.
+struct Bytes {
+  const uint8_t* begin = nullptr;
+  int64_t count = 0;
+};
+
 // Who shares the pieces of a loop.
 class Pool {
  public:
@@ -152,7 +159,7 @@ class Pool {
     if (count == 1) work(size_t{0});
   }
   // What is read next, for those who wait to fetch.
-  virtual void expect(const void*, int64_t) const {}
+  virtual void expect(Bytes) const {}
   // Whether a loop costs next to nothing to enter.
   virtual bool enters_at_once() const { return false; }
 
@@ -237,3 +244,11 @@ OrtCustomOp make_op() {
 }
 
 }  // namespace edgekit::ort
+
+namespace edgekit {
+using ort::Context;
+using ort::fail;
+using ort::Info;
+using ort::Pool;
+using ort::Tensor;
+}  // namespace edgekit

@@ -37,11 +37,11 @@ class Team final : public ort::Pool {
     }
     for (int turns = 0; done_.load(std::memory_order_acquire) != count; ++turns) rest(turns);
   }
-  void expect(const void* next, int64_t bytes) const override {
+  void expect(ort::Bytes next) const override {
     // The end of it, where helpers begin.
-    const uint8_t* end = static_cast<const uint8_t*>(next) + bytes;
+    const uint8_t* end = next.begin + next.count;
     next_end_.store(end, std::memory_order_relaxed);
-    next_.store(end - std::min(bytes, kMostAhead), std::memory_order_release);
+    next_.store(end - std::min(next.count, kMostAhead), std::memory_order_release);
   }
   bool enters_at_once() const override { return true; }
 
