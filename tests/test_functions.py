@@ -74,6 +74,8 @@ PRODUCTS: list[tuple[int, int, Offsets, Scales, int, int, int]] = [
     (5, 32, "zeros", "int8", 33, 577, 1),
     (5, 64, "minima", "float16", 17, 100, 2),
     (6, 32, "minima", "int8", 15, 33, 17),
+    (6, 16, "symmetric", "float16", 33, 96, 3),
+    (6, 16, "symmetric", "int8", 1, 1024, 1),
     (6, 128, "symmetric", "float16", 2, 257, 2),
     (8, 32, "symmetric", "float16", 15, 33, 17),
     (8, 32, "zeros", "float16", 33, 577, 1),

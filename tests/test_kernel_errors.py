@@ -38,6 +38,7 @@ NORM = norm_case(33, 70, biased=True)
 GATED = norm_case(34, 70, gated=True)
 WORDS = embedding_case(33, 70)
 SMALL = norm_case(33, 70, bits=3, offsets="minima", scales="int8")
+HALF = linear_case(33, 96, bits=6, block=16)
 SMALL_TABLE = embedding_case(33, 70, bits=5, scales="int8")
 ATTEND = attention_case(tokens=3, first=5, kv_heads=2, group=3, head_dim=32)
 NORMED = attention_case(tokens=3, first=5, kv_heads=2, group=3, head_dim=32, normed=True)
@@ -109,7 +110,10 @@ WRONG: dict[str, tuple[Case, str]] = {
     "few small minima": (SMALL.changed(minima=signed(3, 2, 16)), "minima must be 144 .* got 96"),
     "a single small minimum": (SMALL_TABLE.changed(minima=signed(1) + 1), "minima must be 144 .* a single zero"),
     "block of 48": (LINEAR.changed(block=48), "block must be 32, 64 or 128: got 48"),
-    "block of 256": (LINEAR.changed(block=256), "block must be from 32 to 128: got 256"),
+    "block of 256": (LINEAR.changed(block=256), "block must be from 16 to 128: got 256"),
+    "block of 16 with 4 bits": (LINEAR.changed(block=16), "16 for 6 bits and a K of whole 32: got 16, 4 bits and 70"),
+    "block of 16 and half a group": (HALF.changed(K=80), "a K of whole 32: got 16, 6 bits and 80"),
+    "block of 16 with zeros": (HALF.changed(zeros=octets(3, 6, 16)), "blocks of 16 must be symmetric"),
     "odd gate": (GATED.changed(N=33), "as many gate rows as up rows: N is 33"),
     "half a gate": (GATED.changed(codes=GATED.constants["codes"][:3]), "codes must have 3072 elements: got 2304"),
     "ids past the end": (WORDS.changed(ids=np.array([[0, 33]])), "ids must be from 0 to 32: got 33"),

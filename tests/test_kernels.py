@@ -80,6 +80,25 @@ def test_products_are_as_defined(
     assert_native(norm_case(2 * N, K, **kind, gated=True), rows=rows, tolerance=3e-6)
 
 
+HALVES: list[tuple[Scales, int, int, int]] = [
+    (scales, N, K, rows)
+    for rows, N, K, scales in zip(
+        ROWS,
+        (1, 31, 33, 575, 17, 16, 3, 577, 33, 15),
+        itertools.cycle((32, 96, 1024, 576)),
+        itertools.cycle(("float16", "int8")),
+    )
+]
+
+
+@pytest.mark.parametrize(("scales", "N", "K", "rows"), HALVES)
+def test_blocks_of_16_are_as_defined(scales: Scales, N: int, K: int, rows: int) -> None:
+    kind: dict[str, Any] = {"bits": 6, "block": 16, "offsets": "symmetric", "scales": scales}
+    assert_native(linear_case(N, K, **kind, rows=rows, extra="both"), rows=rows)
+    assert_native(norm_case(2 * N, K, **kind, rows=rows, gated=True), rows=rows, tolerance=3e-6)
+    assert_native(embedding_case(N, K, **kind, tokens=rows), tolerance=0)
+
+
 @pytest.mark.parametrize("extra", ["nothing", "bias", "residual", "both"])
 @pytest.mark.parametrize(("N", "rows"), [(16, 1), (31, 1), (33, 9), (15, 70)])
 def test_bias_and_residual_are_added(N: int, rows: int, extra: Extra) -> None:
@@ -87,7 +106,9 @@ def test_bias_and_residual_are_added(N: int, rows: int, extra: Extra) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 65])
-@pytest.mark.parametrize(("bits", "block", "offsets", "scales"), KINDS)
+@pytest.mark.parametrize(
+    ("bits", "block", "offsets", "scales"), [*KINDS, (6, 16, "symmetric", "float16"), (6, 16, "symmetric", "int8")]
+)
 def test_the_largest_codes_do_not_overflow(bits: int, block: int, offsets: Offsets, scales: Scales, rows: int) -> None:
     """All codes at their ends and all activations at their peak: sums of 16 bits on the way would saturate."""
     rng = np.random.default_rng(0)

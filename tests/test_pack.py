@@ -148,6 +148,26 @@ def test_untile_undoes_tile(
     assert_same(tile(untile(tiles)), tiles)
 
 
+@given(rows=st.integers(1, 50), groups=st.integers(1, 9), scales=STORED, seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_blocks_of_half_a_group(rows: int, groups: int, scales: Scales, seed: int) -> None:
+    """Symmetric codes of 6 bits: they lie as those of blocks of 32 do."""
+    weight = matrix(rows, 32 * groups, bits=6, block=16, offsets="symmetric", scales=scales, seed=seed)
+    tiles = tile(weight)
+    assert tiles.scales.shape == (-(-rows // LANES), 2 * groups, LANES)
+    assert_same(untile(tiles), weight)
+    whole = replace(weight, block=32, codes=weight.codes.reshape(rows, groups, 24), scales=weight.scales[:, ::2])
+    assert tile(whole).codes.tobytes() == tiles.codes.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "offsets"), [(4, 64, "symmetric"), (6, 48, "symmetric"), (6, 64, "zeros"), (6, 64, "minima")]
+)
+def test_other_blocks_of_16_are_refused(bits: int, columns: int, offsets: Offsets) -> None:
+    with pytest.raises(ModelError, match=f"got blocks of 16 with {bits} bits in {columns} columns"):
+        tile(matrix(2, columns, bits=bits, block=16, offsets=offsets))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 40),
@@ -193,11 +213,6 @@ def test_constants_follow_the_table(bits: int) -> None:
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
-
-
-def test_blocks_of_part_of_a_group() -> None:
-    with pytest.raises(ModelError, match="multiple of 32 columns: got 16"):
-        tile(matrix(4, 64, block=16))
 
 
 @pytest.mark.parametrize(

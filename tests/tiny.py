@@ -123,7 +123,7 @@ def tiny_gguf(
 ) -> Path:
     """Write the model that `tiny_folder` writes with the same arguments as a GGUF file, and return it.
 
-    `quantization` names the type of the matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1); the rest is F32.
+    `quantization` names the type of the matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q6_K); the rest is F32.
     `metadata` adds or replaces keys, None removes one; `tensors` adds tensors by their GGUF names.
     """
     config = tiny_config(
@@ -170,7 +170,9 @@ def tiny_gguf(
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             array = interleave(array, heads if "q_proj" in name else kv_heads)
         kind = gguf.GGMLQuantizationType[quantization if array.ndim == 2 else "F32"]
-        data = array if kind.name == "F32" else gguf.quants.quantize(array, kind)
+        data = (
+            array if kind.name == "F32" else q6_k(array) if kind.name == "Q6_K" else gguf.quants.quantize(array, kind)
+        )
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
@@ -179,6 +181,21 @@ def tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def q6_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Rows of multiples of 256 weights as blocks of Q6_K, which the gguf package reads and does not write."""
+    blocks = values.reshape(len(values), -1, 16, 16)
+    peaks = np.abs(blocks).max(-1)
+    d = (peaks.max(-1, keepdims=True) / (127 * 31)).astype(np.float16)
+    scales = np.rint(peaks / 31 / np.maximum(d.astype(np.float32), 1e-8)).astype(np.int8)
+    steps = np.where(scales == 0, np.inf, d.astype(np.float32) * scales)[..., None]
+    codes = np.clip(np.rint(blocks / steps) + 32, 0, 63).astype(np.uint8).reshape(len(values), -1, 2, 4, 32)
+    low, high = (codes & 15).reshape(*codes.shape[:3], 2, 64), codes >> 4
+    halves = low[..., 0, :] | low[..., 1, :] << 4
+    pairs = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
+    parts = (halves, pairs, scales.view(np.uint8), d.view(np.uint8))
+    return np.concatenate([part.reshape(*codes.shape[:2], -1) for part in parts], axis=-1).reshape(len(values), -1)
 
 
 def tiny_config(

@@ -50,8 +50,8 @@ class Levels:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise UserError(f"bits must be one of {', '.join(map(str, BITS))}: got {self.bits}")
-        if self.block not in (32, 64, 128):
-            raise UserError(f"block must be 32, 64 or 128: got {self.block}")
+        if self.block not in (16, 32, 64, 128):
+            raise UserError(f"block must be 16, 32, 64 or 128: got {self.block}")
         if self.offset not in get_args(Offset):
             raise UserError(f"offset must be one of {', '.join(get_args(Offset))}: got {self.offset!r}")
         if self.scales not in get_args(Scales):

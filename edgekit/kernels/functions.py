@@ -88,8 +88,8 @@ _BYTES = """
   high_mask = Cast <to = 2> (high_mask_int)
   high_up = Cast <to = 2> (low_bits)
   values = Pow (two, bits)
-  block_groups = Div (block, group)
-  groups = Mul (blocks, block_groups)
+  whole_columns = Mul (blocks, block)
+  groups = Div (whole_columns, group)
 """
 
 # OUT (..., 8 runs, A, 4) from IN (..., lines, A, 4), whose lines are on axis AXIS.

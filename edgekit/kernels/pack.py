@@ -16,6 +16,7 @@ from edgekit.weight import Bytes, Quantized, pack, unpack
 
 LANES = 16
 GROUP = 32  # columns that are packed together
+HALF_GROUP = 16  # a block that the kernels have for symmetric codes of 6 bits alone: GGUF's Q6_K
 RUNS = 8  # of four columns each make a group
 
 Halves = NDArray[np.float16]
@@ -60,14 +61,22 @@ class Tiles:
 
 
 def tile(weight: Quantized) -> Tiles:
-    """Lay a matrix out in tiles; rows past the last are zero. Raises ModelError: a block not a multiple of 32."""
+    """Lay a matrix out in tiles; rows past the last are zero.
+
+    Raises ModelError: a block not a multiple of 32 columns, but for 16 where codes have 6 bits, are symmetric and fill
+    whole groups of 32.
+    """
     rows, columns = weight.shape
     blocks = weight.scales.shape[1]
-    if weight.block % GROUP:
-        raise ModelError(f"tiles need blocks of a multiple of {GROUP} columns: got {weight.block}")
+    halves = weight.block == HALF_GROUP and weight.bits == 6 and weight.zeros is None and weight.minima is None
+    if weight.block % GROUP and not (halves and columns % GROUP == 0):
+        raise ModelError(
+            f"tiles need blocks of a multiple of {GROUP} columns, or symmetric ones of {HALF_GROUP} with 6 bits in a"
+            f" multiple of {GROUP}: got blocks of {weight.block} with {weight.bits} bits in {columns} columns"
+        )
     codes = _whole_tiles(unpack(weight.codes, weight.bits).reshape(rows, blocks, weight.block))
-    # (tiles, 16, blocks, groups, 8 runs, 4 columns) -> (tiles, blocks, groups, 8 runs, 16 rows, 4 columns)
-    runs = codes.reshape(-1, LANES, blocks, weight.block // GROUP, RUNS, 4).transpose(0, 2, 3, 4, 1, 5)
+    # (tiles, 16, groups, 8 runs, 4 columns) -> (tiles, groups, 8 runs, 16 rows, 4 columns)
+    runs = codes.reshape(-1, LANES, blocks * weight.block // GROUP, RUNS, 4).transpose(0, 2, 3, 1, 4)
     low = low_bits(weight.bits)
     planes = [_plane(runs & np.uint8((1 << low) - 1), low)]
     if weight.bits > low:
@@ -78,7 +87,7 @@ def tile(weight: Quantized) -> Tiles:
     elif weight.zeros is not None:
         offsets = _lanes(unpack(weight.zeros, weight.bits)[:, :blocks])
     return Tiles(
-        codes=np.concatenate(planes, axis=3).reshape(len(codes) // LANES, blocks, -1),
+        codes=np.concatenate(planes, axis=2).reshape(len(codes) // LANES, blocks, -1),
         scales=_lanes(weight.scales),
         offsets=offsets,
         bits=weight.bits,
@@ -93,11 +102,11 @@ def untile(tiles: Tiles) -> Quantized:
     """Undo `tile`."""
     blocks = tiles.scales.shape[1]
     low = low_bits(tiles.bits)
-    lines = tiles.codes.reshape(-1, blocks, tiles.block // GROUP, tiles.bits, LANES, 4)  # as many lines as bits
-    runs = _runs(lines[:, :, :, :low], low)
+    lines = tiles.codes.reshape(-1, blocks * tiles.block // GROUP, tiles.bits, LANES, 4)  # as many lines as bits
+    runs = _runs(lines[:, :, :low], low)
     if tiles.bits > low:
-        runs = runs | (_runs(lines[:, :, :, low:], tiles.bits - low) << np.uint8(low))
-    codes = runs.transpose(0, 4, 1, 2, 3, 5).reshape(-1, blocks, tiles.block)[: tiles.rows]
+        runs = runs | (_runs(lines[:, :, low:], tiles.bits - low) << np.uint8(low))
+    codes = runs.transpose(0, 3, 1, 2, 4).reshape(-1, blocks, tiles.block)[: tiles.rows]
     offsets = None if tiles.offsets is None else _rows(tiles.offsets, tiles.rows)
     return Quantized(
         pack(codes, tiles.bits),
@@ -113,16 +122,16 @@ def untile(tiles: Tiles) -> Quantized:
 
 def _plane(runs: Bytes, width: int) -> Bytes:
     """(..., 8 runs, 16, 4) of `width` bits to (..., width lines, 16, 4): line i has the runs i, i + width ..."""
-    lines = np.zeros((*runs.shape[:3], width, *runs.shape[4:]), np.uint8)
+    lines = np.zeros((*runs.shape[:2], width, *runs.shape[3:]), np.uint8)
     for first in range(0, RUNS, width):
-        lines |= runs[:, :, :, first : first + width] << np.uint8(first)  # the shift of field k is width * k
+        lines |= runs[:, :, first : first + width] << np.uint8(first)  # the shift of field k is width * k
     return lines
 
 
 def _runs(lines: Bytes, width: int) -> Bytes:
     """Undo `_plane`."""
     mask = np.uint8((1 << width) - 1)
-    return np.concatenate([(lines >> np.uint8(first)) & mask for first in range(0, RUNS, width)], axis=3)
+    return np.concatenate([(lines >> np.uint8(first)) & mask for first in range(0, RUNS, width)], axis=2)
 
 
 def interleave(gate: Tiles, up: Tiles) -> Tiles:

@@ -18,7 +18,7 @@ from edgekit.checkpoint import Block, Checkpoint, Entry
 from edgekit.errors import UserError
 from edgekit.manifest import Skip
 from edgekit.model.gguf import GgufReader
-from edgekit.model.gguf_codes import BLOCK, FORMATS
+from edgekit.model.gguf_codes import FORMATS
 from edgekit.step import Changes, Needs, Outline, Prediction, StepContext
 from edgekit.weight import Quantized
 
@@ -42,7 +42,8 @@ class Keep:
         for name in reader.names():
             kind, shape = reader.kind(name), reader.shape(name)
             if name.endswith(".weight") and len(shape) == 2 and kind in FORMATS:
-                structure[name.removesuffix(".weight")] = Entry("quantized", 8 if kind == "Q8_0" else 4, BLOCK, shape)
+                form = FORMATS[kind]
+                structure[name.removesuffix(".weight")] = Entry("quantized", form.bits, form.block, shape)
         return dataclasses.replace(checkpoint, tensors=_CodeReader(reader, structure), structure=structure)
 
     def apply(self, block: Block, context: StepContext) -> tuple[Block, Changes]:
@@ -71,7 +72,7 @@ class _CodeReader:
             if module not in self.structure:
                 found.append(name)
                 continue
-            leaves = ["codes", "scales"] + ["minima"] * (self.file.kind(name) in ("Q4_1", "Q4_K"))
+            leaves = ["codes", "scales"] + ["minima"] * FORMATS[self.file.kind(name)].minima
             found += [f"{module}.{leaf}" for leaf in leaves]
         return sorted(found)
 
@@ -83,8 +84,8 @@ class _CodeReader:
         if module not in self.structure or leaf not in ("codes", "scales", "minima"):
             return self.file.shape(name)
         entry = self.structure[module]
-        rows, blocks = entry.shape[0], entry.shape[1] // BLOCK
-        return (rows, blocks, BLOCK * entry.bits // 8) if leaf == "codes" else (rows, blocks)
+        rows, blocks = entry.shape[0], entry.shape[1] // entry.block
+        return (rows, blocks, entry.block * entry.bits // 8) if leaf == "codes" else (rows, blocks)
 
     def read(self, name: str) -> NDArray[Any]:
         module, _, leaf = name.rpartition(".")

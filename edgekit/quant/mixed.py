@@ -243,9 +243,11 @@ def grid_of(weight: Quantized) -> Grid:
 
 
 def small_scales(weight: Quantized) -> Quantized | None:
-    """The same codes with scales, and minima, of 8 bits; None where scales are negative or have 8 bits already."""
+    """The same codes with scales, and minima, of 8 bits; None where scales are negative or have 8 bits already, and
+    for a block that no grid has (a GGUF's 16 columns)."""
     scale = weight.block_scales()
-    if weight.steps is not None or weight.zeros is not None or (scale < 0).any():
+    known = weight.block in get_args(BlockSize)
+    if not known or weight.steps is not None or weight.zeros is not None or (scale < 0).any():
         return None
     grid = dataclasses.replace(grid_of(weight), scales="int8")
     lattice = nearest(grid, scale, minimum=weight.block_minima())

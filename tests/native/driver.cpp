@@ -189,7 +189,7 @@ struct Problem {
 
   // The code at a row of a tile and a column, by the layout in path.h.
   int code(int64_t tile, int64_t lane, int64_t column) {
-    const int64_t group = ((tile * blocks + column / c.block) * c.block + column % c.block / 32 * 32) * kLanes * c.bits / 8;
+    const int64_t group = (tile * blocks * c.block + column / 32 * 32) * kLanes * c.bits / 8;
     const int low = low_bits(c.bits), high = c.bits - low, run = column % 32 / 4;
     const int64_t at = group + 4 * lane + column % 4;
     int code = codes[at + 64 * (run % low)] >> (low * (run / low)) & ((1 << low) - 1);
@@ -534,7 +534,15 @@ Findings check_path(const Path& path, bool full) {
       }
     }
   }
-  for (const int block : {32, 64, 128}) {
+  for (const int64_t columns : {32, 96, 576, 1024}) {  // whose blocks may be half a group
+    for (int i = 0; i < (full ? 40 : 10); ++i) {
+      const bool gated = i % 2 == 0;
+      const Case c{6, 16, Offset::kSymmetric, (gated ? 2 : 1) * kRows[i % 5], columns, kInputs[random.below(6)],
+                   1 + static_cast<int>(random.below(2)), gated, !gated && i % 4 == 1, random.below(4), random.below(2) == 1};
+      check_products(path, c, ++seed, found);
+    }
+  }
+  for (const int block : {16, 32, 64, 128}) {
     for (const int64_t columns : kColumns) {
       for (const int64_t rows : {0, 1, 5, 11}) {
         for (const int planes : {1, 2}) {
@@ -555,6 +563,10 @@ Findings check_path(const Path& path, bool full) {
     for (const int bits : {16, 8, 4}) {
       if (bits > 4 || shape.head_dim % (2 * kLanes) == 0) check_attention(path, shape, bits, ++seed, found);
     }
+  }
+  for (int i = 0; path.many_planes == 0 && i < 4; ++i) {
+    const Case c{6, 16, Offset::kSymmetric, 2 * kRows[i + 1], 32 * (1 + 13 * i), 65 + random.below(70), 1, i == 3, false, 1, i == 2};
+    check_many(path, c, ++seed, found);
   }
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const Offset offset : {Offset::kSymmetric, Offset::kZeroPoint, Offset::kMinimum}) {

@@ -49,9 +49,14 @@ template <int Bits, Offset Kind>
     unpack<Bits>(codes, unpacked);
     for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
     codes += kLanes * 32 * Bits / 8;
-    const Floats scale = scales.scale(), minimum = scales.offset(scale), zero = scales.zero();
+    Floats scale = scales.scale(), minimum = scales.offset(scale);
+    const Floats zero = scales.zero();
     if ((column + 32) % w.block == 0) scales.next();
     for (const Bytes& run : unpacked) {
+      if (w.block < 32 && &run == unpacked + 4) {  // symmetric
+        scale = scales.scale();
+        scales.next();
+      }
       const auto value = [&](int at) {
         const Ints code = {_mm512_and_si512(_mm512_srli_epi32(run.v, 8 * at), byte)};
         return Kind == Offset::kMinimum ? fma(to_float(code), scale, minimum).v : mul(sub(to_float(code), zero), scale).v;

@@ -16,8 +16,8 @@ namespace {
 // when a path has grown large, and copies whole loops where nothing is gained.
 
 // Run k of a plane of Width bits, each code shifted up by Up bits; `lines` are the plane's own.
-template <int Width, int Up, int Run>
-[[gnu::always_inline]] inline Part run_of(const Part* lines) {
+template <int Width, int Up, int Run, class Line>
+[[gnu::always_inline]] inline Line run_of(const Line* lines) {
   constexpr int kDown = Width * (Run / Width) - Up;
   return field<kDown, ((1 << Width) - 1) << Up>(lines[Run % Width]);
 }
@@ -193,6 +193,57 @@ template <int Bits, Offset Kind, int Planes, int Rows, bool Usual>
   for (int m = 0; m < Rows; ++m) sums[m] = total[m];
 }
 
+// The runs Runs of a group of 6-bit codes, which is half of it.
+template <int... Runs>
+[[gnu::always_inline]] inline void unpack_half(const uint8_t* p, Bytes* codes, std::integer_sequence<int, Runs...>) {
+  constexpr int kLow = low_bits(6), kHigh = 6 - kLow;
+  Bytes lines[6];
+  for (int i = 0; i < 6; ++i) lines[i] = load_bytes(p + 64 * i);
+  ((codes[Runs % 4] = either(run_of<kLow, 0, Runs>(lines), run_of<kHigh, kLow, Runs>(lines + kLow))), ...);
+}
+
+// As tile_product, for one row, of symmetric codes of 6 bits in blocks of 16: two blocks to a group.
+template <int Planes>
+[[gnu::noinline]] Floats halves_product(const Matrix& w, int64_t tile, const Activations& activations, int64_t row) {
+  const uint8_t* codes = w.codes + tile * w.tile_codes();
+  TileScales<6, Offset::kSymmetric> scales(w, tile, w.steps != nullptr);
+  Columns<Planes> x(activations, row);
+  Floats total = zeros();
+  const auto add_block = [&](auto runs) {
+    Bytes unpacked[4];
+    unpack_half(codes, unpacked, runs);
+    Ints acc[Planes];
+    for (int p = 0; p < Planes; ++p) {
+      acc[p] = dot<6, 4>(all(-zero_of<6>() * *x.sum(p, 0)), unpacked, x.codes + p * x.plane);
+    }
+    const Floats product = Planes == 2 ? joined(acc[0], acc[Planes - 1]) : to_float(acc[0]);
+    total = fma(product, mul(scales.scale(), all(*x.scales)), total);
+    scales.next();
+    x.codes += 16;
+    ++x.scales;
+    ++x.sums;
+  };
+  for (int64_t b = 0; b < x.blocks; b += 2, codes += kLanes * 32 * 6 / 8) {
+    for (int line = 0; line < 6; ++line) prefetch(codes + kAhead + 64 * line);
+    scales.fetch(kAhead / (kLanes * 16 * 6 / 8));
+    add_block(std::integer_sequence<int, 0, 1, 2, 3>());
+    add_block(std::integer_sequence<int, 4, 5, 6, 7>());
+  }
+  return total;
+}
+
+// tile_product, or what stands in for it.
+template <int Bits, Offset Kind, int Planes, int Rows, bool Usual>
+void product_of(const Matrix& w, int64_t tile, const Activations& x, int64_t first, Floats* sums) {
+  if constexpr (Bits == 6 && Kind == Offset::kSymmetric) {
+    if (w.block < 32) {
+      for (int m = 0; m < Rows; ++m) sums[m] = halves_product<Planes>(w, tile, x, first + m);
+      return;
+    }
+  }
+  tile_product<Bits, Kind, Planes, Rows, Usual>(w, tile, x, first, sums);
+}
+
 // e^x to about 2 ulp for x <= 88, and 0 far below: 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2.
 inline Floats exponential(Floats x) {
   x = max(min(x, all(88.0f)), all(-87.0f));
@@ -234,15 +285,15 @@ void rows_product(const Matrix& w, const Activations& x, const Epilogue& end, fl
                   int64_t first) {
   Floats sums[Rows];
   if (!end.gated) {
-    tile_product<Bits, Kind, Planes, Rows, Usual>(w, tile, x, first, sums);
+    product_of<Bits, Kind, Planes, Rows, Usual>(w, tile, x, first, sums);
     for (int m = 0; m < Rows; ++m) {
       finish(end, sums[m], y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows);
     }
     return;
   }
   Floats up[Rows];
-  tile_product<Bits, Kind, Planes, Rows, Usual>(w, 2 * tile, x, first, sums);
-  tile_product<Bits, Kind, Planes, Rows, Usual>(w, 2 * tile + 1, x, first, up);
+  product_of<Bits, Kind, Planes, Rows, Usual>(w, 2 * tile, x, first, sums);
+  product_of<Bits, Kind, Planes, Rows, Usual>(w, 2 * tile + 1, x, first, up);
   for (int m = 0; m < Rows; ++m) {
     const Floats value = mul(silu(sums[m]), up[m]);
     finish(end, value, y, (first + m) * stride + tile * kLanes, tile * kLanes, w.rows / 2);
@@ -421,12 +472,12 @@ void matrix_row(const Matrix& w, int64_t row, float* out) {
       minimum = w.steps ? static_cast<const int8_t*>(w.offsets)[at + lane] * minimum_step : half_at(w.offsets, at);
       zero = 0.0f;
     }
-    const uint8_t* codes = w.codes + tile * w.tile_codes() + b * kLanes * w.block * w.bits / 8;
-    for (int i = 0; i < w.block && b * w.block + i < w.columns; ++i) {
-      const uint8_t* group = codes + (i / 32) * group_bytes;
-      int code = plane_bits(group, low, lane, i % 32);
-      if (high) code |= plane_bits(group + 64 * low, high, lane, i % 32) << low;
-      out[b * w.block + i] = scale * (static_cast<float>(code) - zero) + minimum;
+    for (int64_t i = b * w.block; i < (b + 1) * w.block && i < w.columns; ++i) {
+      const uint8_t* group = w.codes + tile * w.tile_codes() + i / 32 * group_bytes;
+      const int column = static_cast<int>(i % 32);
+      int code = plane_bits(group, low, lane, column);
+      if (high) code |= plane_bits(group + 64 * low, high, lane, column) << low;
+      out[i] = scale * (static_cast<float>(code) - zero) + minimum;
     }
   }
 }

@@ -18,9 +18,13 @@ Matrix read_matrix(const Info& info, const std::string& prefix = "") {
   w.rows = info.integer(prefix + "N", 1, int64_t{1} << 24);
   w.columns = info.integer(prefix + "K", 1, int64_t{1} << 24);
   w.bits = static_cast<int>(info.integer(prefix + "bits", 2, 8));
-  w.block = static_cast<int>(info.integer(prefix + "block", 32, 128));
+  w.block = static_cast<int>(info.integer(prefix + "block", 16, 128));
   if (w.bits == 7) fail("attribute bits must be 2, 3, 4, 5, 6 or 8: got %d", w.bits);
-  if (w.block != 32 && w.block != 64 && w.block != 128) fail("attribute block must be 32, 64 or 128: got %d", w.block);
+  if (w.block == 16 && (w.bits != 6 || w.columns % 32)) {
+    fail("attribute block must be 32, 64 or 128, or 16 for 6 bits and a K of whole 32: got 16, %d bits and %lld", w.bits,
+         (long long)w.columns);
+  }
+  if (w.block < 16 || w.block & (w.block - 1)) fail("attribute block must be 32, 64 or 128: got %d", w.block);
   return w;
 }
 
@@ -53,6 +57,7 @@ void read_weights(const Info& info, size_t first, size_t steps_index, int64_t ti
   } else {
     w.offset = Offset::kSymmetric;
   }
+  if (w.block == 16 && w.offset != Offset::kSymmetric) fail("blocks of 16 must be symmetric: got zeros or minima");
   const int zero = zeros.count() == 1 ? *zeros.as<uint8_t>() : -1;
   if (w.offset != Offset::kMinimum) {
     const auto single = [&] { return minima.type == ort::kInt8 ? *minima.as<uint8_t>() : read(minima.as<uint16_t>()); };

@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <iterator>
 #include <vector>
 
@@ -12,6 +14,11 @@
 #include "path.h"
 #include "session.h"
 #include "work.h"
+
+#ifdef __GLIBCXX__
+// In place of the one that names what was thrown, for which the linker would take in all that demangles names.
+void __gnu_cxx::__verbose_terminate_handler() { std::abort(); }
+#endif
 
 namespace edgekit {
 

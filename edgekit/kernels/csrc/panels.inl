@@ -12,9 +12,9 @@ static_assert(kAbreast == 8);
 // Some columns of two tiles. What belongs to a block is there for each of its rows of weights.
 struct Panel {
   const uint8_t* codes[2];             // [columns / 4][64]
-  float scales[kPanel / 32][2][kLanes];
-  float minima[kPanel / 32][2][kLanes];
-  int32_t zeros[kPanel / 32][2][kLanes];  // less than nothing, in the lower half; the upper is 0
+  float scales[kPanel / 16][2][kLanes];
+  float minima[kPanel / 16][2][kLanes];
+  int32_t zeros[kPanel / 16][2][kLanes];  // less than nothing, in the lower half; the upper is 0
   alignas(64) uint8_t unpacked[2][kPanel * kLanes];
 };
 static_assert(sizeof(Panel) <= 2 * kLanes * 2 * kPanel);

@@ -28,6 +28,7 @@ enum class Offset { kSymmetric, kZeroPoint, kMinimum };
 //            4k..4k+3 of row 0, then of row 1 ... The low low_bits(bits) bits of all codes come first, then the rest of
 //            their bits. A plane of F bits is F lines of 64 bytes; line i holds the runs i, i + F, i + 2F ..., the first
 //            in the lowest F bits of each byte.
+//            A block is a number of groups, or half a group where codes are symmetric and have 6 bits.
 //   scales   [tiles][blocks][16] float16, or uint8 where there are steps
 //   offsets  kZeroPoint: [tiles][blocks][16] uint8; kMinimum: as scales, but int8 for uint8; kSymmetric: none
 //   steps    [tiles][1][16] float16, the value of a unit of a row's scales; [tiles][2][16] with minima, theirs last
