@@ -2,7 +2,7 @@
 
 `Worker(kind, path)` starts a process; `prefill` and `decode` run one turn there and return tokens a second. Prompts are
 random token ids from a seed, the same for all; decoding is greedy from a single token. Between turns a process waits on
-its standard input, so that no idle thread pool disturbs the one whose turn it is.
+its standard input, and nobody's turn begins before the last one's thread pool has gone to sleep.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 VOCABULARY = 49152
 THREADS = 2
+REST = 0.1  # seconds between turns: threads of onnxruntime look for work for 30 ms after the last of it, llama.cpp's for 10
 
 
 class Contestant(Protocol):
@@ -206,6 +207,7 @@ class Worker:
     def _ask(self, *request: object) -> float:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        time.sleep(REST)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()

@@ -25,7 +25,7 @@ from edgekit.quant.grid import Grid
 from edgekit.runtime.engine import Engine
 
 pytestmark = needs_library
-SPARSE = SparseOptions(budget=48, recent=8, sinks=2, dense_layers=1, dense_below=64)
+SPARSE = SparseOptions(budget=48, recent=8, sinks=2, dense_layers=1, wide_budget=56, dense_below=64)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Attention": ("LlamaForCausalLM", {}),
     "NormAttention": ("Qwen3ForCausalLM", {}),

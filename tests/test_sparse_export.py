@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from edgekit.report import Report
 from edgekit.runtime.session import Session
 from edgekit.weight import Dense
 
-OPTIONS = SparseOptions(budget=48, recent=8, sinks=2, dense_layers=1, dense_below=64)
+OPTIONS = SparseOptions(budget=48, recent=8, sinks=2, dense_layers=1, wide_layers=0, dense_below=64)
 
 
 @pytest.fixture(scope="module", params=["LlamaForCausalLM", "Qwen3ForCausalLM"])
@@ -78,6 +79,34 @@ def test_a_budget_of_the_context_is_exact_and_a_small_one_is_near(bundle: Path) 
 
 
 @needs_library
+@pytest.mark.parametrize(("wide_layers", "wide_budget", "same"), [(3, 400, True), (3, 300, False), (2, 400, False)])
+def test_the_first_layers_have_a_budget_of_their_own(
+    bundle: Path, tmp_path: Path, wide_layers: int, wide_budget: int, same: bool
+) -> None:
+    """With 400 positions for each of three layers, a small budget changes nothing."""
+    options = replace(OPTIONS, dense_layers=0, wide_layers=wide_layers, wide_budget=wide_budget)
+    checkpoint, target = open_checkpoint(bundle.parent / "small"), find_target(host_target())
+    export(
+        checkpoint,
+        tmp_path / "wide",
+        target=target,
+        context=1024,
+        sparse=options,
+        accept_drift=True,
+        rope_scaling=("yarn", 8.0),
+    )
+    ids = np.random.default_rng(0).integers(3, 300, 400).tolist()
+    engine = Session.open(tmp_path / "wide").engine
+    engine.forward(ids[:-1])
+    found = []
+    for budget in (48, 1 << 30):
+        engine.budget = budget
+        engine.rewind(399)
+        found.append(engine.forward(ids[-1:])[-1].copy())
+    assert np.array_equal(*found) is same
+
+
+@needs_library
 def test_codes_are_those_of_the_tokens_in_the_cache_after_a_rewind(bundle: Path) -> None:
     rng = np.random.default_rng(1)
     first, second = rng.integers(3, 300, (2, 300)).tolist()
@@ -96,8 +125,8 @@ def test_codes_are_those_of_the_tokens_in_the_cache_after_a_rewind(bundle: Path)
     "options",
     [
         SparseOptions.as_published(budget=48, dense_below=64),
-        SparseOptions(budget=48, dense_below=64, dense_layers=0, per_query_head=True),
-        SparseOptions(budget=48, dense_below=64, prefill_budget=64, dense_layers=0),
+        SparseOptions(budget=48, dense_below=64, wide_layers=0, per_query_head=True),
+        SparseOptions(budget=48, dense_below=64, prefill_budget=64, wide_layers=0),
     ],
     ids=["adamas", "per query head", "sparse prefill"],
 )

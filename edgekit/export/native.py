@@ -92,6 +92,9 @@ class _NativeDecoder:
 
     def build(self, caches: Sequence[LayerCache]) -> None:
         state = self.embed("model.embed_tokens")
+        if self.sparse is not None and self.sparse.wide_layers:
+            least = self.graph.constant("budget.least", np.array([self.sparse.wide_budget], np.int32))
+            self.wide_budget = self.graph.node("Max", ["budget", least], "budget.wide")
         for index, cache in enumerate(caches):
             self.round_in(index)
             size, before = self.graph.size, state
@@ -174,7 +177,7 @@ class _NativeDecoder:
                 self.graph.constant(f"{prefix}.center", code.center),
                 self.graph.constant(f"{prefix}.encoder", code.encoder),
                 self.graph.constant(f"{prefix}.decoder", code.decoder),
-                "budget",
+                self.wide_budget if index < self.sparse.dense_layers + self.sparse.wide_layers else "budget",
             ]
             options = self.sparse
             further |= {"sinks": options.sinks, "recent": options.recent, "followers": options.followers}

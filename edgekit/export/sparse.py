@@ -47,7 +47,8 @@ class SparseOptions:
 
     budget: positions that a token attends to exactly, unless the runtime is told otherwise. recent and sinks: the
     newest and first positions, which are always among them. followers: how many further positions count with their own
-    values, but estimated weights. dense_layers: layers at the beginning that stay exact.
+    values, but estimated weights. dense_layers: layers at the beginning that stay exact. wide_layers: the first layers of
+    the others, which look nearly everywhere and have a budget of `wide_budget` at least.
     dense_below: contexts up to this length are attended exactly. per_query_head: each query head selects for itself,
     not its group together. prefill_budget: how many far positions
     prompts are read with, by blocks of 64; 0: all. Raises UserError for a value out of range.
@@ -57,7 +58,9 @@ class SparseOptions:
     recent: int = 32
     sinks: int = 4
     followers: int = 192
-    dense_layers: int = 2
+    dense_layers: int = 0
+    wide_layers: int = 2
+    wide_budget: int = 2048
     dense_below: int = 1024
     per_query_head: bool = False
     adamas: bool = False
@@ -72,13 +75,16 @@ class SparseOptions:
             sinks=0,
             followers=0,
             dense_below=dense_below,
+            dense_layers=2,
+            wide_layers=0,
             per_query_head=True,
             adamas=True,
         )
 
     def __post_init__(self) -> None:
-        positive = ("budget", "recent")
-        for name in (*positive, "sinks", "followers", "dense_layers", "dense_below", "prefill_budget"):
+        positive = ("budget", "recent", "wide_budget")
+        others = ("sinks", "followers", "dense_layers", "wide_layers", "dense_below", "prefill_budget")
+        for name in (*positive, *others):
             least = int(name in positive)
             value = getattr(self, name)
             if not least <= value <= 1 << 20:

@@ -25,8 +25,14 @@ Source: Adamas, arXiv 2510.18413, for 2-bit codes of Hadamard-transformed keys a
 not coded, the keys are centred and coded in calibrated channels, all query heads of a group share one selection, window
 and sinks are always attended, and what is not selected is not dropped. docs/sparse-attention.md has what each is worth.
 
-Layout of the codes: `csrc/sparse.inl`. The means of a block of 256 positions are sixteen rows in 8 bits, as rows of a
-cache (`edgekit.kernels.attention`), and then their sixteen scales.
+What is left of a page's weight meets its mean value in whole numbers: sums over a block of 256 positions, sixteen pages, of
+
+    P_p M_pc        P_p = rint(127 a_p / A),  a_p = scale_p sum_j 2^{t_j},  A = max a_p
+
+with M_pc the mean's numbers of 8 bits and scale_p their scale, times A / 127; the denominator has the weights themselves.
+
+Layout of the codes: `csrc/sparse.inl`, and of means, rows in 8 bits as those of a cache (`edgekit.kernels.attention`):
+`csrc/path.h`.
 """
 
 from __future__ import annotations
@@ -108,17 +114,28 @@ def average(packed: Bytes, values: Floats, first: int) -> None:
         mean = rows.sum(0, dtype=np.float32) * np.float32(1 / len(rows))
         codes, scale = round_rows(mean)
         block, lane = blocks[page // PAGE], page % PAGE
-        block[lane * head_dim : (lane + 1) * head_dim] = codes.view(np.uint8)
+        lines = block[: PAGE * head_dim].reshape(-1, 4, RUN, 4)  # sixteen channels, four pages, channel, page
+        lines[:, lane // 4, :, lane % 4] = codes.view(np.uint8).reshape(-1, RUN)
         block[PAGE * head_dim :].view(np.float16)[lane] = scale
 
 
-def load_means(packed: Bytes, head_dim: int) -> Floats:
-    """The mean values of all pages, (pages, d)."""
+def load_means(packed: Bytes, head_dim: int) -> tuple[Floats, Floats]:
+    """The mean values of all pages: whole numbers (pages, d) and their scales (pages,)."""
     blocks = packed.reshape(-1, PAGE * (head_dim + 2))
-    codes = blocks[:, : PAGE * head_dim].view(np.int8).reshape(-1, head_dim)
-    scales = np.ascontiguousarray(blocks[:, PAGE * head_dim :]).view(np.float16).reshape(-1, 1)
-    means: Floats = codes.astype(np.float32) * scales.astype(np.float32)
-    return means
+    lines = blocks[:, : PAGE * head_dim].view(np.int8).reshape(len(blocks), -1, 4, RUN, 4)
+    codes = lines.transpose(0, 2, 4, 1, 3).reshape(-1, head_dim).astype(np.float32)
+    scales = np.ascontiguousarray(blocks[:, PAGE * head_dim :]).view(np.float16).reshape(-1).astype(np.float32)
+    return codes, scales
+
+
+def weigh_means(pages: NDArray[np.float64], codes: Floats, scales: Floats) -> NDArray[np.float64]:
+    """Weights (heads, pages), a whole number of blocks, times the pages' mean values (`load_means`), (heads, d)."""
+    scaled = (pages * scales).reshape(len(pages), -1, PAGE)
+    peaks = scaled.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        numbers = np.where(peaks > 0, np.rint(scaled * (127 / peaks)), 0)
+    weighed: NDArray[np.float64] = (numbers * (peaks / 127)).reshape(len(pages), -1) @ codes.astype(np.float64)
+    return weighed
 
 
 def estimates(q: Floats, codes: Bytes, center: Floats, decoder: Floats) -> NDArray[np.float64]:
@@ -178,7 +195,7 @@ def attend(
     keys: Floats,
     values: Floats,
     codes: Bytes,
-    means: Floats,
+    means: tuple[Floats, Floats],
     center: Floats,
     decoder: Floats,
     *,
@@ -188,9 +205,8 @@ def attend(
     followers: int,
 ) -> Floats:
     """Attention of the queries (heads, d) of one token over one key-value head: keys, values (total, d), codes
-    (total, C), means (pages, d), the decoder (C, d); returns (heads, d). budget >= 1, total > budget. exact_q: the
-    queries
-    as they meet the keys."""
+    (total, C), means as `load_means` gives them, the decoder (C, d); returns (heads, d). budget >= 1, total > budget.
+    exact_q: the queries as they meet the keys."""
     total, head_dim = keys.shape
     t = estimates(q, codes, center, decoder)
     forced = _forced(total, budget=budget, sinks=sinks, recent=recent)
@@ -203,8 +219,10 @@ def attend(
     whole = np.where(forced, near, weights).sum(-1, keepdims=True)
     exact, following = select((weights / whole).max(0), budget=budget, sinks=sinks, recent=recent, followers=followers)
     near, far = np.where(exact, near, 0), np.where(exact, 0, weights)
-    own = np.where(following[:, None], values, means[np.arange(total) // PAGE]).astype(np.float64)
-    y = near[:, exact] @ values[exact].astype(np.float64) + far @ own
+    pages = np.zeros((len(q), len(means[0]) * PAGE))
+    pages[:, :total] = np.where(following, 0, far)
+    y = near[:, exact] @ values[exact].astype(np.float64) + far[:, following] @ values[following].astype(np.float64)
+    y += weigh_means(pages.reshape(len(q), -1, PAGE).sum(-1), *means)
     y /= near.sum(-1, keepdims=True) + far.sum(-1, keepdims=True)
     rounded: Floats = y.astype(np.float32)
     return rounded

@@ -108,34 +108,37 @@ class Attend {
     const int64_t d = head_dim_, q_width = mixed_width();
     float* q = scratch<float, Use::kQueries>(tokens * (q_width + kv_heads_ * d));
     float* rotated_keys = q + tokens * q_width;
+    // One key-value head of a token: its queries, keys, values and codes.
+    const auto read_head = [&, first = first, cosine = cosine, sine = sine, &cache = cache, &summary = summary](int64_t t, int64_t h) {
+      const float* row = x + t * width();
+      const float* c = cosine + (first + t) * (d / 2);
+      const float* s = sine + (first + t) * (d / 2);
+      float* queries = q + t * q_width + h * group_ * d;
+      for (int64_t i = 0; i < group_; ++i) rotate(row + (h * group_ + i) * d, c, s, q_norm_, queries + i * d);
+      if (form_.bits == 4) path().hadamard(queries, group_, d);
+      float* key = rotated_keys + (t * kv_heads_ + h) * d;
+      rotate(row + q_width + h * d, c, s, k_norm_, key);
+      keep(key, cache.keys_from(h, first + t));
+      keep(row + q_width + (kv_heads_ + h) * d, cache.values_from(h, first + t));
+      if (form_.sparse && sparse_.adamas) {
+        path().planes(key, d, read(sparse_.center + 2 * h + 1), summary.codes + h * summary.code_bytes + (first + t) * d / 4);
+      } else if (form_.sparse) {
+        float spread[Selection::kWidest];
+        path().encode(sparse_.coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
+      }
+    };
+    if (form_.sparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
+      return select(pool, q, cache, total, summary, out, read_head);
+    }
     const int threads = tokens == 1 ? g_decode_threads : g_prefill_threads;
     const size_t cuts = pieces(tokens, threads, 8);
-    pool.parallel(cuts, [&, first = first, cosine = cosine, sine = sine, &cache = cache, &summary = summary](size_t i) {
+    pool.parallel(cuts, [&](size_t i) {
       for (int64_t t = share(tokens, i, cuts); t < share(tokens, i + 1, cuts); ++t) {
-        const float* row = x + t * width();
-        const float* c = cosine + (first + t) * (d / 2);
-        const float* s = sine + (first + t) * (d / 2);
-        for (int64_t h = 0; h < kv_heads_ * group_; ++h) rotate(row + h * d, c, s, q_norm_, q + t * q_width + h * d);
-        if (form_.bits == 4) path().hadamard(q + t * q_width, kv_heads_ * group_, d);
-        for (int64_t h = 0; h < kv_heads_; ++h) {
-          float* key = rotated_keys + (t * kv_heads_ + h) * d;
-          rotate(row + q_width + h * d, c, s, k_norm_, key);
-          keep(key, cache.keys_from(h, first + t));
-          keep(row + q_width + (kv_heads_ + h) * d, cache.values_from(h, first + t));
-          if (form_.sparse && sparse_.adamas) {
-            path().planes(key, d, read(sparse_.center + 2 * h + 1),
-                          summary.codes + h * summary.code_bytes + (first + t) * d / 4);
-          } else if (form_.sparse) {
-            float spread[Selection::kWidest];
-            path().encode(sparse_.coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
-          }
-        }
+        for (int64_t h = 0; h < kv_heads_; ++h) read_head(t, h);
       }
     });
     if (form_.sparse && !sparse_.adamas) average(pool, cache, first, total, summary);
-    if (form_.sparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
-      select(pool, q, cache, total, summary, out);
-    } else if (tokens == 1) {
+    if (tokens == 1) {
       decode(pool, q, cache, total, out);
     } else {
       prefill(pool, q, cache, first, tokens, summary, out);
@@ -248,12 +251,9 @@ class Attend {
 
   // The mean values of the pages that tokens first..total - 1 lie in.
   void average(const Pool& pool, const Cache& cache, int64_t first, int64_t total, const Summary& s) const {
-    const int64_t from = first / kPageTokens, to = (total + kPageTokens - 1) / kPageTokens, d = head_dim_;
+    const int64_t from = first / kPageTokens, to = (total + kPageTokens - 1) / kPageTokens;
     auto work = [&](size_t i) {
-      const int64_t h = static_cast<int64_t>(i) / (to - from), page = from + static_cast<int64_t>(i) % (to - from);
-      const int64_t begin = page * kPageTokens, end = std::min(begin + kPageTokens, total);
-      path().mean(cache.values_from(h, begin), end - begin, d, page % kLanes,
-                  s.means + (h * s.blocks + page / kLanes) * mean_bytes(d));
+      average_page(cache, static_cast<int64_t>(i) / (to - from), from + static_cast<int64_t>(i) % (to - from), total, s);
     };
     const int64_t count = kv_heads_ * (to - from);
     if (count <= 4 * kv_heads_) {
@@ -263,22 +263,37 @@ class Attend {
     }
   }
 
-  // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count
+  void average_page(const Cache& cache, int64_t head, int64_t page, int64_t total, const Summary& s) const {
+    const int64_t begin = page * kPageTokens, end = std::min(begin + kPageTokens, total);
+    path().mean(cache.values_from(head, begin), end - begin, head_dim_, page % kLanes,
+                s.means + (head * s.blocks + page / kLanes) * mean_bytes(head_dim_));
+  }
+
+  // One token over a long cache, after it is read head by head: estimate every position, attend exactly to `budget` of them, and let the others count
   // with their estimated weights, the next ones with their own values, the rest with their pages' means.
-  void select(const Pool& pool, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out) const {
+  template <class ReadHead>
+  void select(const Pool& pool, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out,
+              const ReadHead& read_head) const {
     const Selection selection(sparse_, q, cache, total, s);
-    const int64_t segments = selection.segments(), units = sparse_.units();
-    const auto count = static_cast<size_t>(units * segments);
+    const int64_t units = sparse_.units();
+    const auto count = static_cast<size_t>(selection.count());
     // Who estimates a unit's last segment also chooses.
+    pool.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) {
+      const auto h = static_cast<int64_t>(i);
+      read_head(0, h);
+      if (!sparse_.adamas) average_page(cache, h, (total - 1) / kPageTokens, total, s);
+      selection.encode(h);
+    });
     int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(units));
-    std::fill(left, left + units, segments);
+    std::fill(left, left + units, selection.segments());
     pool.parallel(count, [&](size_t i) {
-      const int64_t unit = static_cast<int64_t>(i) / segments, segment = static_cast<int64_t>(i) % segments;
+      const auto [unit, segment] = selection.piece(static_cast<int64_t>(i));
       selection.estimate(unit, segment);
       if (__atomic_sub_fetch(left + unit, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(unit);
     });
     pool.parallel(count, [&](size_t i) {
-      selection.attend(static_cast<int64_t>(i) / segments, static_cast<int64_t>(i) % segments);
+      const auto [unit, segment] = selection.piece(static_cast<int64_t>(i));
+      selection.attend(unit, segment);
     });
     for (int64_t h = 0; h < kv_heads_ * group_; ++h) selection.join(h, out + h * head_dim_);
   }

@@ -21,12 +21,14 @@ constexpr int kTogether = Heads == 3 ? 4 : Heads;
 template <int Heads, int Runs>
 void decode_scores(const DecodeTask& t, const float* q, float* scores) {
   const int64_t d = t.head_dim, runs = Runs > 0 ? Runs : d / kLanes, count = t.count;
-  const auto* key = static_cast<const uint16_t*>(t.keys.data);
+  const auto* keys = static_cast<const uint16_t*>(t.keys.data);
   Floats queries[Heads][Runs > 0 ? Runs : 1];
   for (int h = 0; h < Heads; ++h) {
     for (int r = 0; r < Runs; ++r) queries[h][r] = load(q + h * d + r * kLanes);
   }
-  for (int64_t j = 0; j < count; ++j, key += d) {
+  for (int64_t j = 0; j < count; ++j) {
+    if (t.at) fetch_row(t.values, t.at[j], d);  // they are read once all scores are known
+    const uint16_t* key = keys + (t.at ? t.at[j] : j) * d;
     Floats acc[4] = {zeros(), zeros(), zeros(), zeros()};
     for (int64_t r = 0; r < runs; ++r) {
       const Floats k = load_half(key + r * kLanes);
@@ -47,8 +49,9 @@ void decode_values(const DecodeTask& t, int64_t first_channel, const float* weig
     for (int r = 0; r < Runs; ++r) acc[h][r] = zeros();
   }
   const int64_t d = t.head_dim, count = t.count;
-  const uint16_t* value = static_cast<const uint16_t*>(t.values.data) + first_channel;
-  for (int64_t j = 0; j < count; ++j, value += d) {
+  const uint16_t* values = static_cast<const uint16_t*>(t.values.data) + first_channel;
+  for (int64_t j = 0; j < count; ++j) {
+    const uint16_t* value = values + (t.at ? t.at[j] : j) * d;
     Floats weight[Heads];
     for (int h = 0; h < Heads; ++h) weight[h] = all(weights[j * kTogether<Heads> + h]);
     for (int r = 0; r < Runs; ++r) {
@@ -117,7 +120,7 @@ void widen_rows(const Rows& from, int64_t count, int64_t head_dim, float* to) {
   if (from.scales) {
     float scales[kKeyBlock];
     int8_t room[kMostChannels];
-    for (int64_t j = 0; j < count; j += kLanes) store(scales + j, row_scales(from.scales + j, count - j));
+    for (int64_t j = 0; j < count; j += kLanes) store(scales + j, row_scales(from.scales, j, count - j));
     for (int64_t j = 0; j < count; ++j, to += head_dim) {
       const int8_t* row = whole_rows(from, j, 1, head_dim, room);
       for (int64_t i = 0; i < head_dim; i += kLanes) store(to + i, mul(widen(row + i), all(scales[j])));

@@ -9,6 +9,11 @@ namespace {
 
 constexpr int64_t kMostChannels = 1024;
 
+inline void fetch_row(const Rows& rows, int64_t position, int64_t head_dim) {
+  const auto* row = static_cast<const uint8_t*>(rows.data) + position * rows.bytes(head_dim);
+  for (int64_t c = 0; c < rows.bytes(head_dim); c += 64) prefetch(row + c);
+}
+
 // Butterflies in NumPy's order: what is rounded afterwards agrees to the bit.
 void hadamard(float* x, int64_t rows, int64_t head_dim) {
   const int64_t run = head_dim & -head_dim;
@@ -57,24 +62,30 @@ uint16_t round_row(const float* x, int64_t count, int bits, uint8_t* codes) {
   return scale;
 }
 
-// `count` rows of whole numbers as bytes: as they are, or from 4 bits in `room`.
-inline const int8_t* whole_rows(const Rows& from, int64_t first, int64_t count, int64_t head_dim, int8_t* room) {
-  const auto* data = static_cast<const uint8_t*>(from.data) + first * from.bytes(head_dim);
-  if (from.bits == 8) return reinterpret_cast<const int8_t*>(data);
+// Rows first..first + count - 1 of whole numbers, or those that `at` names, as bytes: as they are, or in `room`.
+inline const int8_t* whole_rows(const Rows& from, int64_t first, int64_t count, int64_t head_dim, int8_t* room,
+                                const int32_t* at = nullptr) {
+  const auto* rows = static_cast<const uint8_t*>(from.data);
+  if (from.bits == 8 && !at) return reinterpret_cast<const int8_t*>(rows) + first * head_dim;
   const int64_t half = head_dim / 2;
-  for (int64_t j = 0; j < count; ++j, data += half) {
+  for (int64_t j = 0; j < count; ++j) {
+    const uint8_t* data = rows + (at ? at[first + j] : first + j) * from.bytes(head_dim);
     int8_t* low = room + j * head_dim;
+    if (from.bits == 8) {
+      for (int64_t i = 0; i < head_dim; i += kLanes) std::memcpy(low + i, data + i, kLanes);
+      continue;
+    }
     for (int64_t i = 0; i < half; ++i) low[i] = static_cast<int8_t>((data[i] & 15) - 8);
     for (int64_t i = 0; i < half; ++i) low[half + i] = static_cast<int8_t>((data[i] >> 4) - 8);
   }
   return room;
 }
 
-// Up to sixteen scales; zeros past `count`.
-inline Floats row_scales(const uint16_t* scales, int64_t count) {
-  if (count >= kLanes) return load_half(scales);
+// The scales of up to sixteen rows, as in whole_rows; zeros past `count`.
+inline Floats row_scales(const uint16_t* scales, int64_t first, int64_t count, const int32_t* at = nullptr) {
+  if (count >= kLanes && !at) return load_half(scales + first);
   uint16_t some[kLanes] = {};
-  std::memcpy(some, scales, static_cast<size_t>(count) * sizeof(uint16_t));
+  for (int64_t i = 0; i < count && i < kLanes; ++i) some[i] = scales[at ? at[first + i] : first + i];
   return load_half(some);
 }
 
@@ -148,7 +159,7 @@ void whole_softmax(const DecodeTask& t, int64_t head, float* scores) {
   for (int64_t i = 0; i < t.count_padded; i += kLanes) {
     const Floats weight = exponential(mul(sub(load(scores + i), top), scale));
     total = add(total, weight);
-    store(scores + i, mul(weight, row_scales(t.values.scales + i, t.count - i)));
+    store(scores + i, mul(weight, row_scales(t.values.scales, i, t.count - i, t.at)));
   }
   t.maxima[head] = maximum * t.scale;
   t.sums[head] = sum(total);
@@ -162,24 +173,24 @@ void decode_whole_heads(const DecodeTask& t, int64_t first_head) {
   WholeQuery q[Heads];
   for (int h = 0; h < Heads; ++h) round_query(t.q + (first_head + h) * d, d, q[h]);
   int8_t room[kLanes * kMostChannels];
-  int64_t j = 0;
-  for (; j + kLanes <= t.count; j += kLanes) {
-    const int8_t* keys = whole_rows(t.keys, j, kLanes, d, room);
-    whole_scores<Heads>(keys, q, load_half(t.keys.scales + j), d, scores + j, t.count_padded);
-  }
-  if (const int64_t left = t.count - j; left > 0) {
-    const int8_t* keys = whole_rows(t.keys, j, left, d, room);
-    if (keys != room) std::memcpy(room, keys, static_cast<size_t>(left * d));
-    std::memset(room + left * d, 0, static_cast<size_t>((kLanes - left) * d));
-    whole_scores<Heads>(room, q, row_scales(t.keys.scales + j, left), d, scores + j, t.count_padded);
+  for (int64_t j = 0; j < t.count; j += kLanes) {
+    const int64_t count = kLanes < t.count - j ? kLanes : t.count - j;
+    for (int64_t i = j; t.at && i < j + count; ++i) fetch_row(t.values, t.at[i], d);  // they are read once all scores are known
+    const int8_t* keys = whole_rows(t.keys, j, count, d, room, t.at);
+    if (count < kLanes) {
+      if (keys != room) std::memcpy(room, keys, static_cast<size_t>(count * d));
+      std::memset(room + count * d, 0, static_cast<size_t>((kLanes - count) * d));
+      keys = room;
+    }
+    whole_scores<Heads>(keys, q, row_scales(t.keys.scales, j, count, t.at), d, scores + j, t.count_padded);
   }
   for (int h = 0; h < Heads; ++h) whole_softmax(t, first_head + h, scores + h * t.count_padded);
   constexpr int kRuns = kAtOnce >= 8 ? 4 : 1;  // as many as the registers hold
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(Heads * d));
-  const int64_t at_once = t.values.bits == 8 ? t.count : kLanes;
+  const int64_t at_once = t.values.bits == 8 && !t.at ? t.count : kLanes;
   for (int64_t i = 0; i < t.count; i += at_once) {
     const int64_t rows = at_once < t.count - i ? at_once : t.count - i;
-    const int8_t* values = whole_rows(t.values, i, rows, d, room);
+    const int8_t* values = whole_rows(t.values, i, rows, d, room, t.at);
     int64_t c = 0;
     for (; c + kRuns * kLanes <= d; c += kRuns * kLanes) {
       whole_values<Heads, kRuns>(values + c, rows, d, scores + i, t.count_padded, out + c);

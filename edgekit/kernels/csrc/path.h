@@ -154,11 +154,13 @@ struct DecodeTask {
   float* maxima;   // [heads]
   float* sums;     // [heads]: sum_j e^(s_j - maximum)
   float* scratch;  // 4 * count_padded floats
+  const int32_t* at = nullptr;  // which rows of keys and values, [count]; null: the first ones
 };
 
 constexpr int64_t kPageTokens = 16;    // positions that share a mean value
 constexpr int64_t kBlockTokens = 256;  // positions whose codes stand together
-// A block's mean values: 16 rows of whole numbers, as in `Rows`, and then their scales.
+// A block's mean values: whole numbers, as in `Rows`, and then the scales of its 16 pages. Sixteen channels are four lines of
+// 64 bytes: byte 4 * lane + k of line r holds channel `lane` of page 4r + k.
 constexpr int64_t mean_bytes(int64_t head_dim) { return kLanes * (head_dim + 2); }
 
 // How keys of one key-value head become codes, and queries integers: see sparse.inl.
@@ -173,7 +175,7 @@ struct KeyCoder {
 
 // Hadamard sparse attention over the query heads of one key-value head, for the blocks first_block..last_block of the
 // cache. `estimate` fills weights, references and sums. When the gains of all blocks are known, weight * gain being a
-// position's share of the whole, `select` takes out what is attended otherwise, and `weigh` sums up the rest.
+// position's share of the whole, `select` chooses what is attended otherwise, and `weigh` sums up what is left in the pages.
 struct SparseTask {
   const int8_t* q_codes;    // [heads][channels]
   const float* factors;     // [heads]
@@ -191,25 +193,23 @@ struct SparseTask {
   int64_t recent;           // nor are those from here on
   int64_t stride;           // floats of a head's weights
   float* weights;           // [heads][stride]
+  float* page_weights;      // [heads][blocks][16]: the sums of each page's weights
   float* references;        // [heads][blocks]
   float* sums;              // [heads][blocks]
   const float* gains;       // [heads][blocks]
-  float* pages;             // [heads][16], to work in
   float* totals;            // [heads]
   float* out;               // [heads][head_dim]
 };
 
-// What `select` is to choose, and where it leaves it. A place is where a position stands among the weights.
+// What `select` is to choose, and where it leaves it. A place is where a position stands among the weights. Up to 16 more
+// places may be written than are found.
 struct SparseChoice {
   int64_t exact_count;
   int64_t following_count;
-  float* shares;           // [stride], to work in
-  float* highest;          // [stride], to work in
-  int32_t* places;         // [stride], to work in
-  int32_t* exact;          // [exact_count]
-  int32_t* following;      // [following_count]
-  float* kept;             // [heads][kept_stride], the shares of those that follow
-  int64_t kept_stride;
+  float* shares;           // [stride + 16], to work in
+  int32_t* places;         // [stride + 16], to work in
+  int32_t* exact;          // [exact_count + 16]
+  int32_t* following;      // [following_count + 16]
   int64_t* exact_found;
   int64_t* following_found;
 };
@@ -237,6 +237,7 @@ struct Path {
   void (*encode_query)(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
                        float* constant);
   void (*estimate)(const SparseTask& task);
+  float (*gain)(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains);
   void (*select)(const SparseTask& task, const SparseChoice& choice);
   void (*weigh)(const SparseTask& task);
   // The mean of `count` rows, as page `page` of a block's means; and out[h] += sum_i weights[h][i] * rows[at[i]], with

@@ -24,9 +24,7 @@ inline void block_shares(const SparseTask& t, int64_t blocks, float* shares) {
     for (int64_t b = 0; b < t.blocks; ++b) whole += sums[b] * std::exp2(references[b] - top);
     constexpr int64_t kParts = kBlockTokens / kKeyBlock, kPages = kKeyBlock / kPageTokens;
     for (int64_t b = 0; b < t.blocks; ++b) {
-      float pages[kLanes] = {};
-      const float* weights = t.weights + h * t.stride + b * kBlockTokens;
-      for (int64_t i = 0; i < kBlockTokens; ++i) pages[i % kLanes] += weights[i];
+      const float* pages = t.page_weights + (h * t.blocks + b) * kLanes;
       const float gain = std::exp2(references[b] - top) / whole;
       for (int64_t part = 0; part < kParts && b * kParts + part < blocks; ++part) {
         float share = 0.0f;
@@ -58,13 +56,14 @@ inline int64_t choose_blocks(const SparseShape& s, const float* q, int64_t strid
   const auto heads = static_cast<size_t>(t.heads);
   int8_t* codes = scratch<int8_t, Use::kCodes>(heads * t.channels);
   float* factors = scratch<float, Use::kScales>(2 * heads);
-  float* blockwise = scratch<float, Use::kSums>(2 * heads * t.blocks + near);
-  float* shares = blockwise + 2 * heads * t.blocks;
+  float* blockwise = scratch<float, Use::kSums>((2 + kLanes) * heads * t.blocks + near);
+  float* shares = blockwise + (2 + kLanes) * heads * t.blocks;
   t.q_codes = codes;
   t.factors = factors;
   t.constants = factors + heads;
   t.references = blockwise;
   t.sums = blockwise + heads * t.blocks;
+  t.page_weights = blockwise + 2 * heads * t.blocks;
   t.weights = scratch<float, Use::kDistances>(heads * t.stride);
   std::fill(shares, shares + near, 0.0f);
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));

@@ -52,7 +52,7 @@ class Selection {
   Selection(const SparseShape& shape, const float* q, const Cache& cache, int64_t total, const Summary& summary)
       : s_(shape), q_(q), cache_(cache), total_(total), summary_(summary),
         blocks_((total + kBlockTokens - 1) / kBlockTokens),
-        segments_(std::clamp<int64_t>(blocks_ / 4, 1, 8)),
+        segments_(std::clamp<int64_t>(blocks_ / 4, 1, 4)),
         sinks_(std::min(s_.sinks, summary.budget - std::min(s_.recent, summary.budget))),
         recent_(total - std::min(s_.recent, summary.budget)),
         exact_(summary.budget - (total - recent_) - sinks_),
@@ -62,28 +62,51 @@ class Selection {
     codes_ = scratch<int8_t, Use::kCodes>(heads * s_.channels);
     factors_ = scratch<float, Use::kScales>(2 * heads);
     weights_ = scratch<float, Use::kScores>(heads * stride());
-    blockwise_ = scratch<float, Use::kSums>(3 * heads * blocks_);
+    blockwise_ = scratch<float, Use::kSums>((3 + kLanes) * heads * blocks_);
     whole_ = scratch<float, Use::kWholes>(heads);
-    places_ = scratch<int32_t, Use::kPlaces>(units * (exact_ + following_));
+    places_ = scratch<int32_t, Use::kPlaces>(units * (exact_ + following_ + 2 * kLanes));
     kept_ = scratch<float, Use::kTails>(heads * following_);
     found_ = scratch<int64_t, Use::kFound>(2 * units);
     parts_ = scratch<float, Use::kPartials>(units * (2 * segments_ + 2) * part_size());
-    for (int64_t h = 0; h < s_.kv_heads * s_.group; ++h) {
+  }
+
+  // The queries of one key-value head. All must be encoded before anything is estimated.
+  void encode(int64_t kv_head) const {
+    for (int64_t h = kv_head * s_.group; h < (kv_head + 1) * s_.group; ++h) {
       float spread[kWidest];
-      const float* query = q + h * s_.head_dim;
+      const float* query = q_ + h * s_.head_dim;
       int8_t* codes = codes_ + h * s_.channels;
       if (s_.adamas) {
         std::copy(query, query + s_.head_dim, spread);
-        path().planes(spread, s_.head_dim, read(s_.center + 2 * (h / s_.group)), reinterpret_cast<uint8_t*>(codes));
+        path().planes(spread, s_.head_dim, read(s_.center + 2 * kv_head), reinterpret_cast<uint8_t*>(codes));
       } else {
-        path().encode_query(s_.coder(h / s_.group), query, scale_, spread, codes, factors_ + h, factors_ + heads + h);
+        path().encode_query(s_.coder(kv_head), query, scale_, spread, codes, factors_ + h, factors_ + s_.kv_heads * s_.group + h);
       }
     }
   }
 
+  struct Piece {
+    int64_t unit, segment;
+  };
+  int64_t count() const { return s_.units() * segments_; }
   int64_t segments() const { return segments_; }
 
+  // Pieces in an order for threads that take them from both ends: a unit that two of them share comes first, at either end, so
+  // that one of them can choose for it while there is other work.
+  Piece piece(int64_t i) const {
+    const int64_t units = s_.units(), half = segments_ / 2, middle = units / 2;
+    if (units % 2 == 0) return {i / segments_, i % segments_};
+    if (i < half) return {middle, i};
+    if (i >= count() - (segments_ - half)) return {middle, segments_ - (count() - i)};
+    const int64_t other = (i - half) / segments_;
+    return {other + (other >= middle ? 1 : 0), (i - half) % segments_};
+  }
+
   void estimate(int64_t unit, int64_t segment) const {
+    if (segment == 0) {  // who chooses will attend to these
+      const Rows keys = keys_from(unit, 0), values = values_from(unit, 0);
+      for (int64_t p = recent_; p < total_; ++p) fetch(keys, p), fetch(values, p);
+    }
     if (s_.adamas) return path().distances(task(unit, segment));
     path().estimate(task(unit, segment));
   }
@@ -102,13 +125,10 @@ class Selection {
     SparseChoice c{};
     c.exact_count = exact_;
     c.following_count = s_.followers;
-    c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride()));
-    c.highest = scratch<float, Use::kHighest>(static_cast<size_t>(stride()));
-    c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride()));
-    c.exact = places(unit);
-    c.following = c.exact + exact_;
-    c.kept = kept_ + unit * t.heads * following_;
-    c.kept_stride = following_;
+    c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride() + kLanes));
+    c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride() + kLanes));
+    c.exact = exact_places(unit);
+    c.following = following_places(unit);
     c.exact_found = found_ + 2 * unit;
     c.following_found = c.exact_found + 1;
     path().select(t, c);
@@ -118,24 +138,28 @@ class Selection {
   void attend(int64_t unit, int64_t segment) const {
     SparseTask t = task(unit, segment);
     const int64_t d = t.head_dim;
-    float pages[kMostHeads * kLanes];
     t.out = tail_part(unit, segment);
     t.totals = t.out + t.heads * d;
-    t.pages = t.heads <= kMostHeads ? pages : scratch<float, Use::kPages>(static_cast<size_t>(t.heads * kLanes));
+    const auto [from, to] = inside(t, exact_places(unit), found_[2 * unit]);
+    const auto [first, last] = inside(t, following_places(unit), found_[2 * unit + 1]);
+    int32_t* at = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from + last - first));
+    int32_t* next = at + (to - from);
+    float* shares = kept_ + unit * t.heads * following_ + first;
+    // Rows that lie anywhere are sent for before anything else is done.
+    const Rows keys = keys_from(unit, 0), values = values_from(unit, 0);
+    take_out(t, exact_places(unit) + from, to - from, keys, at, nullptr);
+    take_out(t, following_places(unit) + first, last - first, values, next, shares);
     if (s_.adamas) {
       std::fill(t.out, t.out + part_size(), 0.0f);
     } else {
       path().weigh(t);
-      follow(t, unit);
     }
-    const auto [from, to] = inside(t, places(unit), found_[2 * unit]);
-    const int64_t count = to - from, row_bytes = cache_.keys.bytes(d);
-    auto* rows = scratch<uint8_t, Use::kGathered>(static_cast<size_t>(2 * count * row_bytes));
-    auto* scales = scratch<uint16_t, Use::kRowScales>(static_cast<size_t>(2 * count));
-    const int32_t* at = places(unit) + from;
-    const Rows keys = gathered(keys_from(unit, 0), at, count, rows, scales);
-    const Rows values = gathered(values_from(unit, 0), at, count, rows + count * row_bytes, scales + count);
-    exactly(unit, keys, values, count, t.out + part_size());
+    exactly(unit, keys, values, to - from, t.out + part_size(), at);
+    if (first == last) return;
+    for (int64_t h = 0; h < t.heads; ++h) {
+      for (int64_t i = 0; i < last - first; ++i) t.totals[h] += shares[h * following_ + i];
+    }
+    path().gather(values, next, last - first, t.heads, shares, following_, t.head_dim, t.out);
   }
 
   // A head's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
@@ -183,6 +207,7 @@ class Selection {
     t.references = blockwise_ + first * blocks_;
     t.sums = t.references + heads * blocks_;
     t.gains = t.sums + heads * blocks_;
+    t.page_weights = blockwise_ + 3 * heads * blocks_ + first * blocks_ * kLanes;
     return t;
   }
 
@@ -191,17 +216,17 @@ class Selection {
     const float *sinks = sink_part(unit) + t.heads * t.head_dim, *recent = sinks + part_size();
     for (int64_t h = 0; h < t.heads; ++h) {
       const float *references = t.references + h * blocks_, *sums = t.sums + h * blocks_;
-      float top = std::max(read(sinks + h), read(recent + h)), whole = 0.0f;
-      for (int64_t b = 0; b < blocks_; ++b) top = std::max(top, references[b] / kLog2E);
+      const float most = *std::max_element(references, references + blocks_);
+      const float top = std::max({read(sinks + h), read(recent + h), most / kLog2E});
+      float whole = 0.0f;
       for (const float* part : {sinks, recent}) whole += std::exp(part[h] - top) * part[t.heads + h];
       float* gains = const_cast<float*>(t.gains) + h * blocks_;
-      for (int64_t b = 0; b < blocks_; ++b) whole += sums[b] * (gains[b] = std::exp(references[b] / kLog2E - top));
+      whole += path().gain(references, sums, blocks_, most, std::exp(most / kLog2E - top), gains);
       for (int64_t b = 0; b < blocks_; ++b) gains[b] /= whole;
       whole_[unit * t.heads + h] = top + std::log(whole);
     }
   }
 
-  static constexpr int64_t kMostHeads = 16;
   static constexpr float kNone = -1e30f;  // the logarithm of no weight
   static constexpr float kLog2E = 1.44269504088896341f;
 
@@ -217,7 +242,8 @@ class Selection {
     return parts_ + (unit * (2 * segments_ + 2) + 2 * segment) * part_size();
   }
   float* sink_part(int64_t unit) const { return tail_part(unit, segments_); }
-  int32_t* places(int64_t unit) const { return places_ + unit * (exact_ + following_); }
+  int32_t* exact_places(int64_t unit) const { return places_ + unit * (exact_ + following_ + 2 * kLanes); }
+  int32_t* following_places(int64_t unit) const { return exact_places(unit) + exact_ + kLanes; }
 
   static int32_t position(int32_t place) {
     constexpr int32_t kPage = kPageTokens, kBlock = kBlockTokens;
@@ -230,34 +256,31 @@ class Selection {
     return {below(t.first_block), below(t.last_block)};
   }
 
-  // The rows at `count` places, one after the other.
-  Rows gathered(const Rows& from, const int32_t* places, int64_t count, uint8_t* rows, uint16_t* scales) const {
-    const int64_t bytes = from.bytes(s_.head_dim);
-    const auto* source = static_cast<const uint8_t*>(from.data);
+  // Pages lose the weights at some places, whose rows are sent for; `shares`, where they are wanted, get the weights times
+  // their gains.
+  void take_out(const SparseTask& t, const int32_t* places, int64_t count, const Rows& rows, int32_t* positions, float* shares) const {
+    const int64_t heads = s_.adamas ? 0 : t.heads;
     for (int64_t i = 0; i < count; ++i) {
-      if (i + 8 < count) __builtin_prefetch(source + position(places[i + 8]) * bytes);
-      std::memcpy(rows + i * bytes, source + position(places[i]) * bytes, static_cast<size_t>(bytes));
-      if (from.scales) scales[i] = from.scales[position(places[i])];
+      const int32_t at = places[i], block = at / int32_t{kBlockTokens};
+      positions[i] = position(at);
+      fetch(rows, positions[i]);
+      for (int64_t h = 0; h < heads; ++h) {
+        const float weight = t.weights[h * t.stride + at];
+        float& page = t.page_weights[(h * t.blocks + block) * kLanes + at % kLanes];
+        page = std::max(0.0f, page - weight);
+        if (shares) shares[h * following_ + i] = weight * t.gains[h * t.blocks + block];
+      }
     }
-    return {rows, from.scales ? scales : nullptr, from.bits};
   }
 
-  // Add what follows in the task's blocks, with its own values.
-  void follow(const SparseTask& t, int64_t unit) const {
-    const int32_t* following = places(unit) + exact_;
-    const auto [from, to] = inside(t, following, found_[2 * unit + 1]);
-    if (from == to) return;
-    int32_t* positions = scratch<int32_t, Use::kPositions>(static_cast<size_t>(to - from));
-    for (int64_t i = from; i < to; ++i) positions[i - from] = position(following[i]);
-    const float* kept = kept_ + unit * t.heads * following_;
-    for (int64_t h = 0; h < t.heads; ++h) {
-      for (int64_t i = from; i < to; ++i) t.totals[h] += kept[h * following_ + i];
-    }
-    path().gather(values_from(unit, 0), positions, to - from, t.heads, kept + from, following_, t.head_dim, t.out);
+  void fetch(const Rows& rows, int64_t position) const {
+    const auto* row = static_cast<const uint8_t*>(rows.data) + position * rows.bytes(s_.head_dim);
+    for (int64_t c = 0; c < rows.bytes(s_.head_dim); c += 64) __builtin_prefetch(row + c);
   }
 
-  // Exact attention of a unit's heads to rows that stand together.
-  void exactly(int64_t unit, const Rows& keys, const Rows& values, int64_t count, float* out) const {
+
+  // Exact attention of a unit's heads to `count` rows, or those that `at` names.
+  void exactly(int64_t unit, const Rows& keys, const Rows& values, int64_t count, float* out, const int32_t* at = nullptr) const {
     DecodeTask task{};
     task.heads = s_.heads;
     task.head_dim = s_.head_dim;
@@ -265,6 +288,7 @@ class Selection {
     task.keys = keys;
     task.values = values;
     task.count = count;
+    task.at = at;
     task.count_padded = (count + kLanes - 1) / kLanes * kLanes;
     task.scale = scale_;
     task.out = out;
@@ -285,7 +309,7 @@ class Selection {
   float scale_;
   int8_t* codes_;
   float *factors_, *weights_, *blockwise_, *whole_, *kept_, *parts_;
-  int32_t* places_;  // [units][exact and following]
+  int32_t* places_;  // [units][exact and following, 16 more of each]
   int64_t* found_;   // [units][2]
 };
 

@@ -15,12 +15,11 @@ constexpr float kLog2E = 1.44269504088896341f;
 // out[c] = sum_i x[i] * matrix[i][c], for `columns` channels, a multiple of 16.
 void project(const float* x, const float* matrix, int64_t rows, int64_t columns, float* out) {
   for (int64_t c = 0; c < columns; c += kLanes) {
-    Floats even = zeros(), odd = zeros();
-    for (int64_t i = 0; i + 1 < rows; i += 2) {
-      even = fma(all(x[i]), load(matrix + i * columns + c), even);
-      odd = fma(all(x[i + 1]), load(matrix + (i + 1) * columns + c), odd);
+    Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};  // `rows` is a multiple of 16
+    for (int64_t i = 0; i < rows; i += 4) {
+      for (int k = 0; k < 4; ++k) sums[k] = fma(all(x[i + k]), load(matrix + (i + k) * columns + c), sums[k]);
     }
-    store(out + c, add(even, odd));
+    store(out + c, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
   }
 }
 
@@ -80,68 +79,104 @@ inline int64_t place(int64_t p) {
   return p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
 }
 
-// Estimates of block b, for `Heads` query heads from `head`.
-template <int Heads>
-void estimate_heads(const SparseTask& t, int64_t head, int64_t b) {
-  const uint8_t* line = t.codes + b * kPageTokens * 4 * t.head_dim;
-  for (int64_t j = 0; j < kPageTokens; ++j) {
-    prefetch(line + 8 * t.head_dim);
-    prefetch(line + 8 * t.head_dim + 64);
-    Ints acc[Heads];
-    for (int h = 0; h < Heads; ++h) acc[h] = all(int32_t{0});
-    int64_t c = 0;
-    for (; c < t.fine; c += 16, line += 128) {
-      const Bytes low = load_bytes(line), high = load_bytes(line + 64);
-      const Bytes codes[4] = {field<0, 15>(low), field<4, 15>(low), field<0, 15>(high), field<4, 15>(high)};
-      for (int h = 0; h < Heads; ++h) acc[h] = dot<4, 4>(acc[h], codes, t.q_codes + (head + h) * t.channels + c);
-    }
-    for (; c < t.channels; c += 16, line += 64) {
-      const Bytes all4 = load_bytes(line);
-      const Bytes codes[4] = {quarter<0>(all4), quarter<1>(all4), quarter<2>(all4), quarter<3>(all4)};
-      for (int h = 0; h < Heads; ++h) acc[h] = dot<4, 4>(acc[h], codes, t.q_codes + (head + h) * t.channels + c);
-    }
-    for (int h = 0; h < Heads; ++h) {
-      const Floats estimate = fma(to_float(acc[h]), all(t.factors[head + h]), all(t.constants[head + h]));
-      store(t.weights + (head + h) * t.stride + (b * kPageTokens + j) * kLanes, estimate);
-    }
+// One line of codes for each of some tiles, taken apart, meets the queries of some heads.
+template <int Heads, int Tiles, class Part>
+[[gnu::always_inline]] inline void add_runs(Ints (&acc)[Tiles][Heads], const int8_t* q, int64_t stride, const Part& part) {
+  Bytes codes[Tiles][4];
+#pragma GCC unroll 2
+  for (int j = 0; j < Tiles; ++j) part(j, codes[j]);
+#pragma GCC unroll 3
+  for (int h = 0; h < Heads; ++h) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) acc[j][h] = dot<4, 4>(acc[j][h], codes[j], q + h * stride);
   }
 }
 
+// Estimates of block b, for `Heads` query heads from `head`, and the largest in each lane.
+template <int Heads>
+void estimate_heads(const SparseTask& t, int64_t head, int64_t b, Floats* highest) {
+  constexpr int kTiles = kAtOnce >= 8 ? 2 : 1;  // as many as the registers hold
+  Floats high[Heads];
+  for (int h = 0; h < Heads; ++h) high[h] = all(kHidden);
+  const int64_t bytes = 4 * t.head_dim, stride = t.channels;
+  const uint8_t* tile = t.codes + b * kPageTokens * bytes;
+  for (int64_t j = 0; j < kPageTokens; j += kTiles, tile += kTiles * bytes) {
+    for (int64_t ahead = 0; ahead < kTiles * bytes; ahead += 64) prefetch(tile + kAhead + ahead);
+    Ints acc[kTiles][Heads];
+    for (int i = 0; i < kTiles; ++i) {
+      for (int h = 0; h < Heads; ++h) acc[i][h] = all(int32_t{0});
+    }
+    const uint8_t* line = tile;
+    const int8_t *q = t.q_codes + head * stride, *fine_end = q + t.fine, *end = q + stride;
+    for (; q < fine_end; q += 16, line += 128) {
+      add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
+        const Bytes low = load_bytes(line + i * bytes), high = load_bytes(line + i * bytes + 64);
+        codes[0] = field<0, 15>(low), codes[1] = field<4, 15>(low), codes[2] = field<0, 15>(high), codes[3] = field<4, 15>(high);
+      });
+    }
+    for (; q < end; q += 16, line += 64) {
+      add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
+        const Bytes all4 = load_bytes(line + i * bytes);
+        codes[0] = quarter<0>(all4), codes[1] = quarter<1>(all4), codes[2] = quarter<2>(all4), codes[3] = quarter<3>(all4);
+      });
+    }
+    for (int h = 0; h < Heads; ++h) {
+      float* to = t.weights + (head + h) * t.stride + (b * kPageTokens + j) * kLanes;
+      for (int i = 0; i < kTiles; ++i) {
+        const Floats estimate = fma(to_float(acc[i][h]), all(t.factors[head + h]), all(t.constants[head + h]));
+        store(to + i * kLanes, estimate);
+        high[h] = max(estimate, high[h]);
+      }
+    }
+  }
+  for (int h = 0; h < Heads; ++h) highest[h] = high[h];
+}
+
 // What is attended exactly anyway, and what lies ahead, is no candidate.
-void hide(const SparseTask& t, int64_t b, float* row, float value) {
+[[gnu::noinline]] void hide(const SparseTask& t, int64_t b, float* row, float value) {
   const int64_t from = b * kBlockTokens, to = from + kBlockTokens;
   for (int64_t p = from; p < t.sinks && p < to; ++p) row[place(p)] = value;
   for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[place(p)] = value;
 }
 
-// The blocks' weights 2^(estimate - reference), and their sums; a block's reference is a whole number near its largest
-// estimate.
+// The weights 2^(estimate - reference) of one head in block b, and their sums; the reference is a whole number near the
+// largest estimate.
+void weigh_estimates(const SparseTask& t, int64_t h, int64_t b, Floats high) {
+  float *row = t.weights + h * t.stride, *block = row + b * kBlockTokens;
+  const bool hides = b * kBlockTokens < t.sinks || (b + 1) * kBlockTokens > t.recent;
+  if (hides) {
+    hide(t, b, row, kHidden);
+    high = load(block);
+    for (int64_t i = 1; i < kPageTokens; ++i) high = max(load(block + i * kLanes), high);
+  }
+  const float reference = nearbyintf(largest(high));
+  Floats even = zeros(), odd = zeros();
+  for (int64_t i = 0; i < kPageTokens; i += 2) {
+    const Floats a = rough_power(sub(load(block + i * kLanes), all(reference)));
+    const Floats c = rough_power(sub(load(block + (i + 1) * kLanes), all(reference)));
+    store(block + i * kLanes, a);
+    store(block + (i + 1) * kLanes, c);
+    even = add(even, a);
+    odd = add(odd, c);
+  }
+  if (hides) hide(t, b, row, 0.0f);
+  const Floats pages = add(even, odd);
+  store(t.page_weights + (h * t.blocks + b) * kLanes, pages);
+  t.references[h * t.blocks + b] = reference;
+  t.sums[h * t.blocks + b] = sum(pages);
+}
+
 void estimate(const SparseTask& t) {
   for (int64_t b = t.first_block; b < t.last_block; ++b) {
+    Floats high[3];
     int64_t h = 0;
-    for (; h + 3 <= t.heads; h += 3) estimate_heads<3>(t, h, b);
-    for (; h < t.heads; ++h) estimate_heads<1>(t, h, b);
-    for (h = 0; h < t.heads; ++h) {
-      float *row = t.weights + h * t.stride, *block = row + b * kBlockTokens;
-      hide(t, b, row, kHidden);
-      Floats even = load(block), odd = load(block + kLanes);
-      for (int64_t i = 2; i < kPageTokens; i += 2) {
-        even = max(load(block + i * kLanes), even);
-        odd = max(load(block + (i + 1) * kLanes), odd);
-      }
-      const float reference = nearbyintf(largest(max(even, odd)));
-      even = odd = zeros();
-      for (int64_t i = 0; i < kPageTokens; i += 2) {
-        const Floats a = rough_power(sub(load(block + i * kLanes), all(reference)));
-        const Floats c = rough_power(sub(load(block + (i + 1) * kLanes), all(reference)));
-        store(block + i * kLanes, a);
-        store(block + (i + 1) * kLanes, c);
-        even = add(even, a);
-        odd = add(odd, c);
-      }
-      hide(t, b, row, 0.0f);
-      t.references[h * t.blocks + b] = reference;
-      t.sums[h * t.blocks + b] = sum(add(even, odd));
+    for (; h + 3 <= t.heads; h += 3) {
+      estimate_heads<3>(t, h, b, high);
+      for (int64_t i = 0; i < 3; ++i) weigh_estimates(t, h + i, b, high[i]);
+    }
+    for (; h < t.heads; ++h) {
+      estimate_heads<1>(t, h, b, high);
+      weigh_estimates(t, h, b, high[0]);
     }
   }
 }
@@ -152,6 +187,30 @@ int64_t above(const float* x, int64_t count, float limit) {
   int64_t found = 0;
   for (int64_t i = 0; i < count; i += kLanes) found += __builtin_popcount(at_most(least, load(x + i)));
   return found;
+}
+
+// How many are above it.
+int64_t beyond(const float* x, int64_t count, float limit) {
+  const Floats most = all(limit);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats v = load(x + i);
+    found += __builtin_popcount(at_most(most, v) & ~at_most(v, most));
+  }
+  return found;
+}
+
+// The lanes above a limit, and the first `equal` of those at it, of which so many fewer are left.
+inline unsigned reaching(Floats x, float limit, int64_t* equal) {
+  const unsigned reached = at_most(all(limit), x), above = reached & ~at_most(x, all(limit));
+  unsigned level = reached & ~above;
+  int64_t extra = __builtin_popcount(level) - *equal;
+  *equal -= __builtin_popcount(level);
+  if (extra > 0) {
+    *equal = 0;
+    for (; extra > 0; --extra) level &= ~(1u << (31 - __builtin_clz(level)));
+  }
+  return above | level;
 }
 
 constexpr float kSmallest = 1e-37f;  // a share that is smaller counts as none
@@ -190,107 +249,130 @@ float limit_of(const float* x, int64_t count, int64_t least, int64_t most) {
   return value;
 }
 
+// gains[b] = factor * 2^(references[b] - most), and the sum of the blocks' sums times these. Only a power of two differs, so
+// that equal estimates keep equal shares.
+float gain(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains) {
+  Floats whole = zeros();
+  for (int64_t b = 0; b < blocks; b += kLanes) {
+    const auto count = static_cast<size_t>(kLanes < blocks - b ? kLanes : blocks - b) * sizeof(float);
+    float reference[kLanes] = {}, sum_of[kLanes] = {};
+    std::memcpy(reference, references + b, count);
+    std::memcpy(sum_of, sums + b, count);
+    const Floats gain = scale_by_power(all(factor), max(sub(load(reference), all(most)), all(-125.0f)));
+    whole = fma(gain, load(sum_of), whole);
+    store(reference, gain);
+    std::memcpy(gains + b, reference, count);
+  }
+  return sum(whole);
+}
+
+// The largest share that sixteen positions have in any head.
+inline Floats largest_share(const SparseTask& t, int64_t b, int64_t at) {
+  Floats share = mul(load(t.weights + at), all(t.gains[b]));
+  for (int64_t h = 1; h < t.heads; ++h) share = max(mul(load(t.weights + h * t.stride + at), all(t.gains[h * t.blocks + b])), share);
+  return share;
+}
+
+// Positions whose share reaches a limit, in the order of their places; returns their number.
+int64_t find_near(const SparseTask& t, const SparseChoice& c, float limit) {
+  int64_t near = 0;
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    for (int64_t at = b * kBlockTokens; at < (b + 1) * kBlockTokens; at += kLanes) {
+      const Floats share = largest_share(t, b, at);
+      const unsigned lanes = at_most(all(limit), share);
+      if (lanes == 0) continue;
+      pick(lanes, share, c.shares + near);
+      pick_places(lanes, static_cast<int32_t>(at), c.places + near);
+      near += __builtin_popcount(lanes);
+    }
+  }
+  return near;
+}
+
 // Choose what is attended exactly, the `exact_count` candidates with the largest share in any head, and the
-// `following_count` that come next: their places in ascending order. Of equal ones the first places are taken. Their
-// weights become zero; the shares of those that follow are kept.
+// `following_count` that come next: their places in ascending order. Of equal ones the first places are taken.
 void select(const SparseTask& t, const SparseChoice& c) {
   const int64_t count = t.blocks * kBlockTokens, both = c.exact_count + c.following_count;
   *c.exact_found = *c.following_found = 0;
   if (both == 0) return;
-  // As many groups of positions as are wanted have a largest share that many single ones reach, too.
-  const int64_t together = count / 16 >= 4 * both ? 16 : count / 4 >= 4 * both ? 4 : 1;
+  // A limit that some more than are wanted will reach, from every position or one of 4 or 16 in each page.
+  const int64_t step = count / 16 >= 4 * both ? 16 : count / 4 >= 4 * both ? 4 : 1;
+  int64_t sampled = 0;
   for (int64_t b = 0; b < t.blocks; ++b) {
-    Floats high = zeros();
-    for (int64_t j = 0; j < kPageTokens; ++j) {
-      const int64_t i = (b * kPageTokens + j) * kLanes;
-      Floats share = mul(load(t.weights + i), all(t.gains[b]));
-      for (int64_t h = 1; h < t.heads; ++h) {
-        share = max(mul(load(t.weights + h * t.stride + i), all(t.gains[h * t.blocks + b])), share);
-      }
-      store(c.shares + i, share);
-      high = j % together == 0 ? share : max(share, high);
-      if (j % together == together - 1) store(c.highest + i / together / kLanes * kLanes, high);
+    for (int64_t j = 0; j < kPageTokens; j += step, sampled += kLanes) {
+      store(c.shares + sampled, largest_share(t, b, (b * kPageTokens + j) * kLanes));
     }
   }
-  const float limit = limit_of(c.highest, count / together, both, 2 * both);
-  int64_t near = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    unsigned lanes = at_most(all(limit), load(c.shares + i));
-    for (; lanes != 0; lanes &= lanes - 1) {
-      const int64_t at = i + __builtin_ctz(lanes);
-      c.places[near] = static_cast<int32_t>(at);
-      c.shares[near++] = c.shares[at];
-    }
+  const int64_t wanted = step == 1 ? both : both / step + 4 * static_cast<int64_t>(sqrtf(static_cast<float>(both / step))) + 4;
+  float limit = limit_of(c.shares, sampled, wanted, wanted + wanted / 4);
+  int64_t near = find_near(t, c, limit);
+  while (near < both && limit > kSmallest) {  // the sample was not like the rest
+    limit = limit > 16 * kSmallest ? limit / 16 : kSmallest;
+    near = find_near(t, c, limit);
   }
   int64_t padded = near;
   for (; padded % kLanes != 0; ++padded) c.shares[padded] = 0.0f;
   const float last = limit_of(c.shares, padded, both, both);
   const float first = c.exact_count > 0 ? limit_of(c.shares, padded, c.exact_count, c.exact_count) : INFINITY;
-  int64_t equal_first = c.exact_count, equal_last = both;  // how many of those at the limits are taken
-  for (int64_t i = 0; i < near; ++i) {
-    equal_first -= c.shares[i] > first;
-    equal_last -= c.shares[i] > last;
-  }
   int64_t exact = 0, following = 0;
-  for (int64_t i = 0; i < near; ++i) {
-    const float share = c.shares[i];
-    if (share < last || (share == last && equal_last-- <= 0)) continue;
-    const bool chosen = share > first || (share == first && equal_first-- > 0);
-    (chosen ? c.exact[exact++] : c.following[following++]) = c.places[i];
-  }
-  for (int64_t h = 0; h < t.heads; ++h) {
-    float *row = t.weights + h * t.stride, *kept = c.kept + h * c.kept_stride;
-    for (int64_t i = 0; i < exact; ++i) row[c.exact[i]] = 0.0f;
-    for (int64_t i = 0; i < following; ++i) {
-      const int32_t at = c.following[i];
-      kept[i] = row[at] * t.gains[h * t.blocks + at / kBlockTokens];
-      row[at] = 0.0f;
-    }
+  int64_t equal_first = c.exact_count - beyond(c.shares, padded, first);  // how many of those at the limits are taken
+  int64_t equal_last = both - beyond(c.shares, padded, last);
+  for (int64_t i = 0; i < near; i += kLanes) {
+    const Floats share = load(c.shares + i);
+    const unsigned taken = reaching(share, last, &equal_last), chosen = reaching(share, first, &equal_first) & taken;
+    const unsigned others = taken & ~chosen;
+    pick(chosen, c.places + i, c.exact + exact);
+    pick(others, c.places + i, c.following + following);
+    exact += __builtin_popcount(chosen);
+    following += __builtin_popcount(others);
   }
   *c.exact_found = exact;
   *c.following_found = following;
 }
 
-// The heads' tails: means of a block's pages times their shares.
+// The shares that are left in the blocks, in all, and times the pages' mean values: a block's shares are whole numbers
+// there, of which the largest is 127.
 template <int Heads>
-void add_means(const SparseTask& t, int64_t head, const int8_t* means) {
-  for (int64_t i = 0; i < t.head_dim; i += kLanes) {
-    Floats acc[Heads];
-    for (int h = 0; h < Heads; ++h) acc[h] = load(t.out + (head + h) * t.head_dim + i);
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const Floats mean = widen(means + l * t.head_dim + i);
-      for (int h = 0; h < Heads; ++h) acc[h] = fma(all(t.pages[(head + h) * kLanes + l]), mean, acc[h]);
-    }
-    for (int h = 0; h < Heads; ++h) store(t.out + (head + h) * t.head_dim + i, acc[h]);
-  }
-}
-
-// The shares that are left in the blocks, in all, and times the pages' mean values.
-void weigh(const SparseTask& t) {
+void weigh_heads(const SparseTask& t, int64_t head) {
   const int64_t d = t.head_dim;
-  std::memset(t.out, 0, sizeof(float) * t.heads * d);
-  for (int64_t h = 0; h < t.heads; ++h) t.totals[h] = 0.0f;
+  Floats totals[Heads];
+  for (int h = 0; h < Heads; ++h) totals[h] = zeros();
   for (int64_t b = t.first_block; b < t.last_block; ++b) {
     const uint8_t* means = t.means + b * mean_bytes(d);
+    for (int64_t ahead = 0; ahead < kLanes * d; ahead += 64) prefetch(means + 4 * mean_bytes(d) + ahead);
     uint16_t halves[kLanes];
     std::memcpy(halves, means + kLanes * d, sizeof halves);
     const Floats scales = load_half(halves);
-    for (int64_t h = 0; h < t.heads; ++h) {
-      const float* block = t.weights + h * t.stride + b * kBlockTokens;
-      Floats even = load(block), odd = load(block + kLanes);
-      for (int64_t j = 2; j < kPageTokens; j += 2) {
-        even = add(even, load(block + j * kLanes));
-        odd = add(odd, load(block + (j + 1) * kLanes));
-      }
-      const Floats pages = mul(add(even, odd), all(t.gains[h * t.blocks + b]));
-      t.totals[h] += sum(pages);
-      store(t.pages + h * kLanes, mul(pages, scales));
+    int8_t whole[Heads][kLanes];
+    int32_t sums[Heads];
+    float units[Heads];
+    for (int h = 0; h < Heads; ++h) {
+      const int64_t at = (head + h) * t.blocks + b;
+      const Floats pages = mul(load(t.page_weights + at * kLanes), all(t.gains[at])), scaled = mul(pages, scales);
+      totals[h] = add(totals[h], pages);
+      const float peak = largest(scaled);
+      const Floats numbers = round(mul(scaled, all(peak > 0.0f ? 127.0f / peak : 0.0f)));
+      units[h] = peak > 0.0f ? peak / 127.0f : 0.0f;
+      store_codes(whole[h], min(numbers, all(127.0f)));
+      sums[h] = kWideZero == 0 ? 0 : -kWideZero * static_cast<int32_t>(sum(numbers));
     }
-    const auto* rows = reinterpret_cast<const int8_t*>(means);
-    int64_t h = 0;
-    for (; h + 3 <= t.heads; h += 3) add_means<3>(t, h, rows);
-    for (; h < t.heads; ++h) add_means<1>(t, h, rows);
+    for (int64_t c = 0; c < d; c += kLanes, means += 4 * 64) {
+      Bytes codes[4];
+      for (int k = 0; k < 4; ++k) codes[k] = signed_wide(load_bytes(means + 64 * k));
+      for (int h = 0; h < Heads; ++h) {
+        float* out = t.out + (head + h) * d + c;
+        store(out, fma(to_float(dot<8, 4>(all(sums[h]), codes, whole[h])), all(units[h]), load(out)));
+      }
+    }
   }
+  for (int h = 0; h < Heads; ++h) t.totals[head + h] = sum(totals[h]);
+}
+
+void weigh(const SparseTask& t) {
+  std::memset(t.out, 0, sizeof(float) * static_cast<size_t>(t.heads * t.head_dim));
+  int64_t h = 0;
+  for (; h + 3 <= t.heads; h += 3) weigh_heads<3>(t, h);
+  for (; h < t.heads; ++h) weigh_heads<1>(t, h);
 }
 
 void mean(const Rows& rows, int64_t count, int64_t head_dim, int64_t page, uint8_t* means) {
@@ -302,7 +384,9 @@ void mean(const Rows& rows, int64_t count, int64_t head_dim, int64_t page, uint8
     for (int64_t j = 0; j < count; ++j) total = add(total, load(values + j * head_dim + i));
     store(values + i, mul(total, share));
   }
-  const uint16_t scale = round_row(values, head_dim, 8, means + page * head_dim);
+  uint8_t codes[kMostChannels];
+  const uint16_t scale = round_row(values, head_dim, 8, codes);
+  for (int64_t i = 0; i < head_dim; ++i) means[(i / kLanes * 4 + page / 4) * 64 + i % kLanes * 4 + page % 4] = codes[i];
   std::memcpy(means + kLanes * head_dim + page * sizeof scale, &scale, sizeof scale);
 }
 
@@ -315,7 +399,6 @@ void gather_heads(const Row* rows, const int32_t* at, int64_t count, const float
     Floats acc[Heads];
     for (int h = 0; h < Heads; ++h) acc[h] = load(out + h * head_dim + c);
     for (int64_t i = 0; i < count; ++i) {
-      if (c == 0 && i + 8 < count) prefetch(rows + at[i + 8] * head_dim);
       const Floats row = widen(rows + at[i] * head_dim + c);
       for (int h = 0; h < Heads; ++h) acc[h] = fma(all(weights[h * stride + i]), row, acc[h]);
     }

@@ -223,6 +223,7 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "vec_whole.h"
+#include "vec_pick.h"
 #include "vec_float_zeros.h"
 
 }  // namespace

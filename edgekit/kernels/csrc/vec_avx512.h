@@ -125,6 +125,20 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
   }
   return acc;
 }
+// The numbers of the chosen lanes, one after the other; up to sixteen are written.
+template <class T>
+inline void pick(unsigned lanes, const T* from, T* to) {
+  const __m512i numbers = _mm512_loadu_si512(from);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), numbers));
+}
+inline void pick(unsigned lanes, Floats x, float* to) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), x.v));
+}
+inline void pick_places(unsigned lanes, int32_t first, int32_t* to) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), places));
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "vec_whole.h"

@@ -310,6 +310,7 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 #if !defined(__ARM_FEATURE_DOTPROD)
 #include "vec_whole.h"
 #endif
+#include "vec_pick.h"
 
 // Zero points join the integers: shift - zero of sixteen rows, times a block's sum, which has 15 bits.
 constexpr bool kIntegerZeros = true;

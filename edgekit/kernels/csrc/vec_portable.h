@@ -254,6 +254,7 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #include "vec_whole.h"
+#include "vec_pick.h"
 #include "vec_float_zeros.h"
 
 }  // namespace

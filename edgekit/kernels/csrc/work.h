@@ -21,9 +21,8 @@ constexpr int64_t round_up(int64_t count, int64_t step) { return (count + step -
 
 // What scratch memory is for; pieces for different uses may be held at the same time.
 enum class Use {
-  kCodes, kScales, kSums, kQueries, kPartials, kScores, kDistances, kNear, kPlaces, kFound, kTails, kPositions, kGathered,
-  kChosen, kHighest, kWholes, kPages, kLeft, kUnpacked, kRowScales,
-  kLayer
+  kCodes, kScales, kSums, kQueries, kPartials, kScores, kDistances, kNear, kPlaces, kFound, kTails, kPositions,
+  kChosen, kWholes, kLeft, kUnpacked, kLayer
 };
 
 // Memory of one thread that grows and stays, so that no step allocates.

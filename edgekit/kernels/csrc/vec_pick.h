@@ -1,0 +1,16 @@
+// Lanes that a mask chooses, where no instruction moves them together.
+
+// The numbers of the chosen lanes, one after the other; up to sixteen may be written.
+template <class T>
+inline void pick(unsigned lanes, const T* from, T* to) {
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = from[__builtin_ctz(lanes)];
+}
+inline void pick(unsigned lanes, Floats x, float* to) {
+  if (lanes == 0) return;
+  float numbers[kLanes];
+  store(numbers, x);
+  pick(lanes, numbers, to);
+}
+inline void pick_places(unsigned lanes, int32_t first, int32_t* to) {
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = first + __builtin_ctz(lanes);
+}
