@@ -19,7 +19,7 @@ import numpy as np
 
 VOCABULARY = 49152
 THREADS = 2
-REST = 0.1  # seconds between turns: threads of onnxruntime look for work for 30 ms after the last of it, llama.cpp's for 10
+REST = 0.1  # seconds between turns: onnxruntime's threads look for work for 30 ms after the last, llama.cpp's for 10
 
 
 class Contestant(Protocol):

@@ -7,32 +7,38 @@ those left there: speed depends on how many positions there are, not on what the
 
 Quality. Four books, windows of 4,096 and 8,192 tokens at three places of each: perplexity of the last 256 tokens, each
 decoded on its own, with budgets of 64, 128 and 256, against the same bundle with a budget of the whole context, which
-is dense attention to the bit. Beside it the same bundle with a cache in 8 bits, with no dense layers, and Adamas as
-published; and what else could pick positions, `longctx_methods`.
+is dense attention to the bit. Beside it the same bundle with a cache in 8 bits, with no wide layers, and Adamas as
+published; and what else could pick positions, `longctx_methods`. Windows are shared between processes of two threads.
 
 Prefill. 512 tokens at the end of 8,192 and 32,768, read exactly and block by block, with what that costs in perplexity.
 
 Needles. 200 made-up facts, each hidden in 4,096 or 8,192 tokens of a book at depths of 10 to 90 %: how often the greedy
-answer holds the code, with budget 256 and dense.
+answer holds the code, with budget 256 and dense. Shared between processes, too.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from common import Benchmark, arguments, data
-from contestants import Worker
+from contestants import THREADS, Worker
 from longctx_methods import METHODS, Selected
 from speed import RECIPE, quantize_peer
 
 from edgekit.bundle import LayerCache
-from edgekit.checkpoint import Checkpoint, open_checkpoint
+from edgekit.checkpoint import open_checkpoint
 from edgekit.compress import compress
 from edgekit.evaluate.needles import load_needles, search
 from edgekit.evaluate.perplexity import log_likelihoods
@@ -58,6 +64,12 @@ BUNDLES: tuple[tuple[str, SparseOptions | None, CacheType], ...] = (
     ("dense", None, "float16"),
     ("dense, int8 cache", None, "int8"),
 )
+METHODS_OF_OURS: dict[str, tuple[SparseOptions, CacheType]] = {
+    "sparse": (SparseOptions(), "float16"),
+    "sparse, int8 cache": (SparseOptions(), "int8"),
+    "no wide layers": (SparseOptions(wide_layers=0), "float16"),
+    "Adamas": (SparseOptions.as_published(), "float16"),
+}
 SECTIONS = ("speed", "quality", "needles", "prefill")
 
 
@@ -95,19 +107,13 @@ def main() -> None:
                 )
             prefill(bench, work, quick=options.quick)
         if {"quality", "needles"} & set(options.only):
-            made: dict[str, tuple[SparseOptions, CacheType]] = {"sparse": (SparseOptions(), "float16")}
-            if "quality" in options.only:
-                made |= {"sparse, int8 cache": (SparseOptions(), "int8")}
-                made |= {"no dense layers": (SparseOptions(dense_layers=0), "float16")}
-                made |= {"Adamas": (SparseOptions.as_published(), "float16")}
-            sessions = {}
-            for name, (sparse, cache) in made.items():
+            for name in METHODS_OF_OURS if "quality" in options.only else ["sparse"]:
+                sparse, cache = METHODS_OF_OURS[name]
                 export(checkpoint, work / name, target=target, sparse=sparse, cache=cache, accept_drift=True)
-                sessions[name] = Session.open(work / name, context=8192)
             if "quality" in options.only:
-                quality(bench, sessions, checkpoint, quick=options.quick)
+                quality(bench, work, quick=options.quick)
             if "needles" in options.only:
-                needles(bench, sessions["sparse"], quick=options.quick)
+                needles(bench, work, quick=options.quick)
     bench.finish(as_json=options.json)
 
 
@@ -144,23 +150,55 @@ def speed(bench: Benchmark, work: Path, *, quick: bool) -> None:
     bench.at_most("bytes that grow with the context, over bytes of codes", (codes + means) / codes, 1.3)
 
 
-def quality(bench: Benchmark, sessions: Mapping[str, Session], checkpoint: Checkpoint, *, quick: bool) -> None:
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def shared(work: Path, do: Callable[[tuple[Path, Item]], Found], items: Sequence[Item]) -> Iterator[Found]:
+    """`do` of each item, in order, in as many processes as there are pairs of processors."""
+    count = max(1, min(len(items), (os.cpu_count() or 1) // THREADS))
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, found in enumerate(pool.map(do, [(work, item) for item in items])):
+            if sys.stderr.isatty():
+                print(f"\r{number + 1} of {len(items)}", end="\n" if number + 1 == len(items) else "", file=sys.stderr)
+            yield found
+
+
+OPEN: dict[str, Any] = {}  # what a process has opened
+
+
+def opened(work: Path, name: str) -> Session:
+    if name not in OPEN:
+        OPEN[name] = Session.open(work / name, context=8192, threads=THREADS)
+    session: Session = OPEN[name]
+    return session
+
+
+def window_losses(task: tuple[Path, tuple[str, int]]) -> dict[tuple[str, int, int], float]:
+    """What `last_losses` finds in 8,192 tokens of a book from some place on."""
+    work, (book, start) = task
+    torch.set_num_threads(THREADS)
+    sessions = {name: opened(work, name) for name in METHODS_OF_OURS}
+    if "selected" not in OPEN:
+        OPEN["selected"] = Selected(open_checkpoint(work / "int4"))
+    ids = sessions["sparse"].tokenizer.encode(read_text(data(f"longctx/{book}.txt.gz"))).ids
+    return last_losses(sessions, OPEN["selected"], ids[start : start + 8192])
+
+
+def quality(bench: Benchmark, work: Path, *, quick: bool) -> None:
     """Losses of our bundles and of what torch picks, over the same windows."""
     losses: dict[tuple[str, int, int], list[float]] = {}
-    others = Selected(checkpoint)
-    for book in BOOKS[:2] if quick else BOOKS:
-        ids = sessions["sparse"].tokenizer.encode(read_text(data(f"longctx/{book}.txt.gz"))).ids
-        for place in range(1 if quick else 3):
-            start = 20000 + 40000 * place
-            for key, loss in last_losses(sessions, others, ids[start : start + 8192]).items():
-                losses.setdefault(key, []).append(loss)
+    windows = itertools.product(BOOKS[:2] if quick else BOOKS, range(20000, 60000 if quick else 140000, 40000))
+    for found in shared(work, window_losses, list(windows)):
+        for key, loss in found.items():
+            losses.setdefault(key, []).append(loss)
     for window in WINDOWS:
         dense = np.array(losses["sparse", window, ALL])
         count = len(dense) * SCORED
         bench.value(f"perplexity at {window}, dense", math.exp(dense.mean()), "ppl", n=count)
         small = 100 * math.expm1(float((np.array(losses["sparse, int8 cache", window, ALL]) - dense).mean()))
         bench.value(f"perplexity at {window}, dense, int8 cache: loss", small, "%", n=count)
-        for method in (*sessions, *METHODS):
+        for method in (*METHODS_OF_OURS, *METHODS):
             for budget, bound in BUDGETS.items():
                 change = np.array(losses[method, window, budget]) - dense
                 spread = 100 * float(change.std(ddof=1)) / math.sqrt(len(dense))
@@ -225,15 +263,18 @@ def last_losses(sessions: Mapping[str, Session], others: Selected, ids: list[int
     return found
 
 
-def needles(bench: Benchmark, session: Session, *, quick: bool) -> None:
+def found_by(task: tuple[Path, tuple[int, Any]]) -> dict[int, bool]:
+    """With which budgets the answer holds needle number `number`."""
+    work, (number, item) = task
+    book = read_text(data(f"longctx/{BOOKS[number % 4]}.txt.gz"))
+    context, depth = (4096, 8192)[number % 2], 0.1 + 0.8 * (number // 2 % 9) / 8
+    return search(opened(work, "sparse"), book, item, context=context, depth=depth, budgets=(ALL, 256))
+
+
+def needles(bench: Benchmark, work: Path, *, quick: bool) -> None:
     items = load_needles(data("longctx/needles.jsonl.gz"))[:: 20 if quick else 1]
-    found = {ALL: 0, 256: 0}
-    for number, item in enumerate(items):
-        book = read_text(data(f"longctx/{BOOKS[number % 4]}.txt.gz"))
-        context, depth = (4096, 8192)[number % 2], 0.1 + 0.8 * (number // 2 % 9) / 8
-        for budget, hit in search(session, book, item, context=context, depth=depth, budgets=tuple(found)).items():
-            found[budget] += hit
-    dense, sparse = (100 * found[budget] / len(items) for budget in (ALL, 256))
+    hits = list(shared(work, found_by, list(enumerate(items))))
+    dense, sparse = (100 * sum(hit[budget] for hit in hits) / len(items) for budget in (ALL, 256))
     bench.value("needles found, dense", dense, "%", n=len(items))
     bench.value("needles found, budget 256", sparse, "%", n=len(items))
     bench.at_least("needles found: budget 256 less dense, points", sparse - dense, -1.0)

@@ -47,8 +47,8 @@ class SparseOptions:
 
     budget: positions that a token attends to exactly, unless the runtime is told otherwise. recent and sinks: the
     newest and first positions, which are always among them. followers: how many further positions count with their own
-    values, but estimated weights. dense_layers: layers at the beginning that stay exact. wide_layers: the first layers of
-    the others, which look nearly everywhere and have a budget of `wide_budget` at least.
+    values, but estimated weights. dense_layers: layers at the beginning that stay exact. wide_layers: the first of the
+    others, which look nearly everywhere and have a budget of `wide_budget` at least.
     dense_below: contexts up to this length are attended exactly. per_query_head: each query head selects for itself,
     not its group together. prefill_budget: how many far positions
     prompts are read with, by blocks of 64; 0: all. Raises UserError for a value out of range.
