@@ -1,6 +1,6 @@
 """Long contexts: sparse attention beside our own dense attention and beside llama.cpp, in one run.
 
-Speed. Decoding 32 tokens after a context of 512 to 65,536 tokens, edgekit int4 (all matrices at 4 bits, symmetric,
+Speed. Decoding 128 tokens after a context of 512 to 65,536 tokens, edgekit int4 (all matrices at 4 bits, symmetric,
 blocks of 32) sparse and dense, and llama.cpp Q4_0 of the same model with flash attention, 2 threads each, taking turns.
 The context is stretched by linear rope scaling, and beyond 8,192 tokens both caches are filled with copies of what
 those left there: speed depends on how many positions there are, not on what they hold.
@@ -57,7 +57,7 @@ BUDGETS = {256: 0.8, 128: 1.5, 64: 4.0}  # and the most percent of perplexity th
 WINDOWS = (4096, 8192)
 SCORED = 256
 ALL = 1 << 30
-STEPS = 32
+STEPS = 128
 BUNDLES: tuple[tuple[str, SparseOptions | None, CacheType], ...] = (
     ("sparse", SparseOptions(), "float16"),
     ("sparse, int8 cache", SparseOptions(), "int8"),

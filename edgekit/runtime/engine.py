@@ -1,16 +1,14 @@
 """The engine: an onnxruntime session with the key-value cache of one sequence.
 
 Keys and values live in buffers of the whole context's size which the graph reads as its past and writes as its
-present, in place. The operating system commits their pages as they are first written, so the cache takes memory as the
-sequence grows and is never copied.
+present, in place. The operating system commits their pages as they are first written (`edgekit.runtime.pages`), so the
+cache takes memory as the sequence grows and is never copied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-import mmap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,9 @@ from edgekit.bundle import DecoderSpec
 from edgekit.errors import ContextOverflow, DeviceError, ModelError, UserError
 from edgekit.kernels import library
 from edgekit.runtime.budget import PREFILL_CHUNK
+from edgekit.runtime.pages import LazyPages
+
+JOIN_EVERY = 1024  # tokens after which pages of the cache may be joined
 
 
 class Engine:
@@ -56,6 +57,7 @@ class Engine:
         self.context = context
         self.threads = threads
         self.tokens: list[int] = []
+        self._join_at = JOIN_EVERY
         self.run_seconds = 0.0
         options = ort.SessionOptions()
         options.intra_op_num_threads = max(threads, decode_threads or 1)
@@ -162,6 +164,10 @@ class Engine:
             self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
             self._bound = (len(ids), keep)
         total = len(self.tokens) + len(ids)
+        if len(self.tokens) >= self._join_at:
+            for name, pages in self._pages.items():
+                pages.join(self._extent(name, len(self.tokens)))
+            self._join_at = len(self.tokens) + JOIN_EVERY
         self._ids[0] = ids
         self._last[0], self._total[...], self._keep[...] = total - 1, total, keep
         clock = time.perf_counter()
@@ -181,29 +187,15 @@ class Engine:
 
     def _bind_cache(self) -> None:
         self._cache = {}
+        self._pages: dict[str, LazyPages] = {}
         for index, layer in enumerate(self.spec.layers):
             for part, (shape, kind) in self.spec.cache_parts(layer, self.context).items():
-                buffer = _lazy_zeros(shape, kind)
+                pages = LazyPages(shape, kind)
+                self._pages[f"{index}.{part}"], buffer = pages, pages.array
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
                 self._binding.bind_ortvalue_output(f"present.{index}.{part}", value)
                 self._cache[f"{index}.{part}"] = (buffer, value)
-
-
-def _lazy_zeros(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
-    """Zeros whose pages take no memory until they are written.
-
-    NumPy asks for huge pages, and then the first token of each head would commit 2 MB: the whole cache at once.
-    Raises MemoryError when the system has no room for them.
-    """
-    try:
-        pages = mmap.mmap(-1, math.prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as problem:
-        raise MemoryError(str(problem)) from problem
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without huge pages
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, kind).reshape(shape)
 
 
 def _return_memory() -> None:

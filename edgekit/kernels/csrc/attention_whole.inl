@@ -12,6 +12,7 @@ constexpr int64_t kMostChannels = 1024;
 inline void fetch_row(const Rows& rows, int64_t position, int64_t head_dim) {
   const auto* row = static_cast<const uint8_t*>(rows.data) + position * rows.bytes(head_dim);
   for (int64_t c = 0; c < rows.bytes(head_dim); c += 64) prefetch(row + c);
+  if (rows.scales) prefetch(rows.scales + position);
 }
 
 // Butterflies in NumPy's order: what is rounded afterwards agrees to the bit.

@@ -91,15 +91,13 @@ class Selection {
   int64_t count() const { return s_.units() * segments_; }
   int64_t segments() const { return segments_; }
 
-  // Pieces in an order for threads that take them from both ends: a unit that two of them share comes first, at either end, so
-  // that one of them can choose for it while there is other work.
+  // Pieces in an order for threads that take them from both ends. A unit that both share comes first, at either end, so that
+  // one of them can choose for it while there is other work; and either finds a unit's segments in the order of memory.
   Piece piece(int64_t i) const {
-    const int64_t units = s_.units(), half = segments_ / 2, middle = units / 2;
-    if (units % 2 == 0) return {i / segments_, i % segments_};
-    if (i < half) return {middle, i};
-    if (i >= count() - (segments_ - half)) return {middle, segments_ - (count() - i)};
-    const int64_t other = (i - half) / segments_;
-    return {other + (other >= middle ? 1 : 0), (i - half) % segments_};
+    const int64_t units = s_.units();
+    if (i < (count() + 1) / 2) return piece_from(i, (segments_ + 1) / 2);
+    const Piece other = piece_from(count() - 1 - i, segments_ / 2);
+    return {units - 1 - other.unit, 2 * other.unit + 1 == units ? segments_ - 1 - other.segment : other.segment};
   }
 
   void estimate(int64_t unit, int64_t segment) const {
@@ -185,6 +183,13 @@ class Selection {
   static constexpr int64_t kWidest = 1024;
 
  private:
+  // The first `half` of a unit in the middle come first, if there is one.
+  Piece piece_from(int64_t i, int64_t half) const {
+    const int64_t units = s_.units(), shared = units % 2 ? half : 0;
+    if (i < shared) return {units / 2, i};
+    return {(i - shared) / segments_, (i - shared) % segments_};
+  }
+
   SparseTask task(int64_t unit, int64_t segment) const {
     const int64_t first = unit * s_.heads, heads = s_.kv_heads * s_.group, head = first / s_.group;
     SparseTask t{};
@@ -276,6 +281,7 @@ class Selection {
   void fetch(const Rows& rows, int64_t position) const {
     const auto* row = static_cast<const uint8_t*>(rows.data) + position * rows.bytes(s_.head_dim);
     for (int64_t c = 0; c < rows.bytes(s_.head_dim); c += 64) __builtin_prefetch(row + c);
+    if (rows.scales) __builtin_prefetch(rows.scales + position);
   }
 
 
