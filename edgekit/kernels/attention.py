@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import cache_rows
+from edgekit.bundle import PAGE
 from edgekit.kernels import sparse, sparse_adamas, sparse_prefill
 from edgekit.kernels.reference import STEPS, rms_norm, rounded
 from edgekit.weight import Bytes, Floats, Halves, SignedBytes
@@ -250,9 +251,12 @@ def _sparse(
             )
     y, *present = _dense(qkv, cache, last, cos, sin, away=away.repeat(len(q) // kv_heads, axis=0), **sizes)
     keys, values = (part.astype(np.float32) for part in read_cache(present, total))
-    for head in range(0 if adamas else kv_heads):
+    one, estimated = tokens == 1, tokens == 1 and total > max(dense_below, positions)
+    # While tokens are exact, a page's mean is made once it is whole.
+    averages = not adamas and (estimated or not one or total % PAGE == 0)
+    for head in range(kv_heads if averages else 0):
         sparse.average(means[0, head], values[head], first)
-    if tokens == 1 and total > max(dense_below, positions):
+    if estimated:
         forced: dict[str, Any] = {"budget": positions, "sinks": sinks, "recent": recent}
         shared = 1 if per_query_head else len(q) // kv_heads  # query heads that share what is selected
         found = []

@@ -127,8 +127,15 @@ class Attend {
         path().encode(sparse_.coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
       }
     };
-    if (form_.sparse && tokens == 1 && total > std::max(dense_below_, summary.budget)) {
-      return select(pool, q, cache, total, summary, out, read_head);
+    if (form_.sparse && tokens == 1) {
+      if (total > std::max(dense_below_, summary.budget)) return select(pool, q, cache, total, summary, out, read_head);
+      pool.parallel(static_cast<size_t>(kv_heads_), [&, total = total, &cache = cache, &summary = summary](size_t i) {
+        const auto h = static_cast<int64_t>(i);
+        read_head(0, h);
+        // Nothing reads the mean before a token that is not exact, which makes that of its own page.
+        if (!sparse_.adamas && total % kPageTokens == 0) average_page(cache, h, (total - 1) / kPageTokens, total, summary);
+      });
+      return decode(pool, q, cache, total, out);
     }
     const int threads = tokens == 1 ? g_decode_threads : g_prefill_threads;
     const size_t cuts = pieces(tokens, threads, 8);
