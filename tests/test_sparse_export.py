@@ -118,7 +118,8 @@ def test_what_exact_tokens_left_serves_estimates_later(bundle: Path, start: int)
         steps.forward([ids[at]])
     steps.budget = 48
     stepped = steps.forward([ids[start]])[-1].copy()
-    whole.forward(ids[:start])
+    for part in (ids[:50], ids[50:start]):  # up to 64 tokens at a time, activations are rounded alike
+        whole.forward(part)
     assert np.allclose(whole.forward([ids[start]])[-1], stepped, atol=5e-3 * stepped.std())
 
 
