@@ -15,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullLocator
 
 DOCS = Path(__file__).parents[1] / "docs"
 DECODE = re.compile(r"decode after (\d+), (.+)")
@@ -35,19 +37,29 @@ def main() -> None:
         for name, points in speeds.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axes.set(xlabel="tokens of context", ylabel="tokens a second", xscale="log", yscale="log")
+        contexts = sorted({context for points in speeds.values() for context, _ in points})
+        ticks(axes.xaxis, contexts)
+        ticks(axes.yaxis, [10, 20, 50, 100, 200, 400])
+        axes.tick_params(axis="x", labelrotation=40)
         axes.legend()
         save(figure, "longctx-speed.png")
     if losses:
-        figure, both = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+        figure, both = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
         for axes, window in zip(both, ("4096", "8192"), strict=True):
             for (at, name), points in losses.items():
                 if at == window:
                     axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
             axes.set(title=f"{window} tokens", xlabel="budget", xscale="log", yscale="symlog")
-            axes.set_xticks([64, 128, 256], ["64", "128", "256"], minor=False)
+            ticks(axes.xaxis, [64, 128, 256])
+            ticks(axes.yaxis, [0, 1, 10, 100])
         both[0].set_ylabel("loss of perplexity, %")
-        both[1].legend()
+        both[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "longctx-quality.png")
+
+
+def ticks(axis: Axis, places: list[int]) -> None:
+    axis.set_ticks(places, [f"{place:,}" for place in places])
+    axis.set_minor_locator(NullLocator())
 
 
 def save(figure: plt.Figure, name: str) -> None:
