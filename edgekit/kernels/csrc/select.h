@@ -45,8 +45,9 @@ struct SparseShape {
   }
 };
 
-// A unit is `heads` query heads of one key-value head, which share what is selected. Blocks are cut into segments, by the length alone, so that results do not depend on the number of threads.
-// Memory belongs to the thread that made the selection, which waits for the others.
+// A unit is `heads` query heads of one key-value head, which share what is selected. Blocks are cut into segments, by the
+// length alone, so that results do not depend on the number of threads. Memory belongs to the thread that made the
+// selection, which waits for the others.
 class Selection {
  public:
   Selection(const SparseShape& shape, const float* q, const Cache& cache, int64_t total, const Summary& summary)
@@ -283,7 +284,6 @@ class Selection {
     for (int64_t c = 0; c < rows.bytes(s_.head_dim); c += 64) __builtin_prefetch(row + c);
     if (rows.scales) __builtin_prefetch(rows.scales + position);
   }
-
 
   // Exact attention of a unit's heads to `count` rows, or those that `at` names.
   void exactly(int64_t unit, const Rows& keys, const Rows& values, int64_t count, float* out, const int32_t* at = nullptr) const {

@@ -351,9 +351,10 @@ void weigh_heads(const SparseTask& t, int64_t head) {
       const Floats pages = mul(load(t.page_weights + at * kLanes), all(t.gains[at])), scaled = mul(pages, scales);
       totals[h] = add(totals[h], pages);
       const float peak = largest(scaled);
-      const Floats numbers = round(mul(scaled, all(peak > 0.0f ? 127.0f / peak : 0.0f)));
+      // What is not a number becomes one: the totals say that it was none.
+      const Floats numbers = min(round(mul(scaled, all(peak > 0.0f ? 127.0f / peak : 0.0f))), all(127.0f));
       units[h] = peak > 0.0f ? peak / 127.0f : 0.0f;
-      store_codes(whole[h], min(numbers, all(127.0f)));
+      store_codes(whole[h], numbers);
       sums[h] = kWideZero == 0 ? 0 : -kWideZero * static_cast<int32_t>(sum(numbers));
     }
     for (int64_t c = 0; c < d; c += kLanes, means += 4 * 64) {
