@@ -512,6 +512,104 @@ void check_attention(const Path& path, const Shape& s, int bits, uint64_t seed, 
   }
 }
 
+// One token over codes: estimates and what is left of pages against sums in double, what is chosen against sorting. Heads of
+// `d` channels, `heads` to a selection; candidates are positions sinks..recent - 1.
+void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, int64_t sinks, int64_t recent, uint64_t seed,
+                  Findings& found) {
+  Random random(seed);
+  const int64_t fine = d / 64 * kLanes, channels = d - fine, stride = blocks * kBlockTokens;
+  Buffer<uint8_t> codes(blocks * kPageTokens * 4 * d), means(blocks * mean_bytes(d));
+  Buffer<int8_t> q(heads * channels);
+  Buffer<float> factors(heads), constants(heads), weights(heads * stride), page_weights(heads * blocks * kLanes);
+  Buffer<float> references(heads * blocks), sums(heads * blocks), gains(heads * blocks), totals(heads), out(heads * d);
+  for (uint8_t& code : codes) code = random.bits();
+  for (int8_t& code : q) code = static_cast<int8_t>(random.below(255) - 127);
+  for (float& factor : factors) factor = 0.002f;
+  for (float& constant : constants) constant = random.number();
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t i = 0; i < kLanes * d; ++i) means[b * mean_bytes(d) + i] = static_cast<uint8_t>(random.below(255) - 127);
+    for (int64_t page = 0; page < kLanes; ++page) {
+      const uint16_t scale = 0x2000 + random.below(0x1800);
+      std::memcpy(means.data() + b * mean_bytes(d) + kLanes * d + 2 * page, &scale, 2);
+    }
+  }
+  SparseTask t{};
+  t.q_codes = q.data(), t.factors = factors.data(), t.constants = constants.data();
+  t.codes = codes.data(), t.means = means.data();
+  t.heads = heads, t.head_dim = d, t.channels = channels, t.fine = fine;
+  t.last_block = t.blocks = blocks, t.sinks = sinks, t.recent = recent, t.stride = stride;
+  t.weights = weights.data(), t.page_weights = page_weights.data(), t.references = references.data(), t.sums = sums.data();
+  t.gains = gains.data(), t.totals = totals.data(), t.out = out.data();
+  path.estimate(t);
+  const auto position = [](int64_t place) {
+    return place / kBlockTokens * kBlockTokens + place % kLanes * kPageTokens + place % kBlockTokens / kLanes;
+  };
+  for (int64_t h = 0; h < heads; ++h) {
+    const float most = *std::max_element(references.data() + h * blocks, references.data() + (h + 1) * blocks);
+    const float whole = path.gain(references.data() + h * blocks, sums.data() + h * blocks, blocks, most, 1.0f, gains.data() + h * blocks);
+    double expected = 0;
+    for (int64_t place = 0; place < stride; ++place) {
+      const int64_t p = position(place), b = place / kBlockTokens, lane = place % kLanes, j = place % kBlockTokens / kLanes;
+      const uint8_t* line = codes.data() + (b * kPageTokens + j) * 4 * d + 4 * lane;
+      int64_t sum = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t in = c < fine ? c : c - fine, run = c < fine ? 8 : 16, bits = c < fine ? 4 : 2;
+        const int64_t at = (c < fine ? 0 : fine / 8) + in / run;
+        sum += (line[64 * at + in % 4] >> (bits * (in % run / 4)) & ((1 << bits) - 1)) * q[h * channels + c];
+      }
+      const double estimate = factors[h] * static_cast<double>(sum) + constants[h];
+      const bool candidate = p >= sinks && p < recent;
+      const double weight = candidate ? std::exp2(estimate - references[h * blocks + b]) : 0.0;
+      found.expect(std::abs(weights[h * stride + place] - weight) <= 0.012 * weight + 1e-6, "sparse: an estimate");
+      expected += candidate ? std::exp2(estimate - most) : 0.0;
+    }
+    found.expect(std::abs(whole - expected) <= 0.012 * expected, "sparse: the whole");
+    for (int64_t b = 0; b < blocks; ++b) gains[h * blocks + b] /= whole;
+  }
+  for (const int64_t exact : {int64_t{0}, int64_t{7}, int64_t{100}}) {
+    const int64_t following = 2 * exact + 16;
+    Buffer<float> shares(stride + kLanes), share(stride);
+    Buffer<int32_t> places(stride + kLanes), chosen(exact + kLanes), next(following + kLanes);
+    int64_t exact_found = 0, following_found = 0;
+    SparseChoice c{};
+    c.exact_count = exact, c.following_count = following;
+    c.shares = shares.data(), c.places = places.data(), c.exact = chosen.data(), c.following = next.data();
+    c.exact_found = &exact_found, c.following_found = &following_found;
+    path.select(t, c);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < stride; ++i) share[i] = std::max(share[i], weights[h * stride + i] * gains[h * blocks + i / kBlockTokens]);
+    }
+    std::vector<int32_t> order(stride);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return share[a] > share[b]; });
+    order.resize(std::min<int64_t>(exact + following, std::count_if(share.begin(), share.end(), [](float x) { return x > 1e-30f; })));
+    std::vector<int32_t> first(order.begin(), order.begin() + std::min<int64_t>(exact, order.size())), rest(order.begin() + first.size(), order.end());
+    std::sort(first.begin(), first.end());
+    std::sort(rest.begin(), rest.end());
+    found.expect(exact_found == static_cast<int64_t>(first.size()) && std::equal(first.begin(), first.end(), chosen.data()), "sparse: what is chosen");
+    found.expect(following_found == static_cast<int64_t>(rest.size()) && std::equal(rest.begin(), rest.end(), next.data()), "sparse: what follows");
+  }
+  path.weigh(t);
+  for (int64_t h = 0; h < heads; ++h) {
+    double total = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      double expected = 0, size = 1e-9;
+      for (int64_t page = 0; page < blocks * kLanes; ++page) {
+        const uint8_t* block = means.data() + page / kLanes * mean_bytes(d);
+        uint16_t scale;
+        std::memcpy(&scale, block + kLanes * d + 2 * (page % kLanes), 2);
+        const double weight = static_cast<double>(page_weights[h * blocks * kLanes + page]) * gains[h * blocks + page / kLanes];
+        const auto number = static_cast<int8_t>(block[(i / kLanes * 4 + page % kLanes / 4) * 64 + i % kLanes * 4 + page % 4]);
+        expected += weight * half_value(scale) * number;
+        size += weight * half_value(scale) * 127;
+        if (i == 0) total += weight;
+      }
+      found.expect(std::abs(out[h * d + i] - expected) <= 0.02 * size, "sparse: the means");  // pages' shares have 8 bits
+    }
+    found.expect(std::abs(totals[h] - total) <= 1e-5 * total, "sparse: the totals");
+  }
+}
+
 Findings check_path(const Path& path, bool full) {
   Findings found;
   Random random(42);
@@ -562,6 +660,13 @@ Findings check_path(const Path& path, bool full) {
   for (const Shape& shape : kShapes) {
     for (const int bits : {16, 8, 4}) {
       if (bits > 4 || shape.head_dim % (2 * kLanes) == 0) check_attention(path, shape, bits, ++seed, found);
+    }
+  }
+  for (const int64_t d : {16, 64, 80, 128}) {
+    for (const int64_t heads : {1, 3, 4}) {
+      for (const int64_t blocks : {1, 3, 20}) {
+        check_sparse(path, d, heads, blocks, blocks == 3 ? 0 : 4, blocks * kBlockTokens - (blocks == 3 ? 1 : 40), ++seed, found);
+      }
     }
   }
   for (int i = 0; path.many_planes == 0 && i < 4; ++i) {
