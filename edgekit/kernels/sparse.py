@@ -25,13 +25,11 @@ Source: Adamas, arXiv 2510.18413, for 2-bit codes of Hadamard-transformed keys a
 not coded, the keys are centred and coded in calibrated channels, all query heads of a group share one selection, window
 and sinks are always attended, and what is not selected is not dropped. docs/sparse-attention.md has what each is worth.
 
-What is left of a page's weight meets its mean value in whole numbers: sums over a block of 256 positions, sixteen
-pages, of
+What is left of a page's weight meets its mean value in whole numbers. A block of 256 positions, sixteen pages p, adds
 
-    P_p M_pc        P_p = rint(127 a_p / A),  a_p = scale_p sum_j 2^{t_j},  A = max a_p
+    A / 127 sum_p P_p M_pc        P_p = rint(127 a_p / A),  a_p = scale_p sum_j 2^{t_j},  A = max_p a_p
 
-with M_pc the mean's numbers of 8 bits and scale_p their scale, times A / 127; the denominator has the weights
-themselves.
+to the numerator, M_pc being the mean's numbers of 8 bits and scale_p their scale; the denominator has the weights.
 
 Layout of the codes: `csrc/sparse.inl`, and of means, rows in 8 bits as those of a cache (`edgekit.kernels.attention`):
 `csrc/path.h`.

@@ -2,22 +2,32 @@
 
 NumPy would ask for huge pages at once, and then the first token of each head would take 2 MB: the whole cache. But a
 token that attends to positions anywhere in a long cache waits for the tables of small pages: at 32,768 tokens of
-SmolLM2-135M a fifteenth of a step. So a huge page takes the place of 512 small ones when half of them are in use, which
+SmolLM2-135M a fifteenth of a step. So a huge page takes the place of the small ones when half of them are in use, which
 never takes more than twice what is used, nor more than the cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-HUGE = 1 << 21  # bytes
 COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, which Python does not name
+
+
+@functools.cache
+def huge_bytes() -> int:
+    """How large huge pages are: 2 MB where small ones have 4 kB, 32 MB where they have 16; 0 where there are none."""
+    try:
+        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 class LazyPages:
@@ -43,24 +53,27 @@ class LazyPages:
 
         Returns how many are new: none where the system has no such pages.
         """
+        huge = huge_bytes()
+        if huge == 0:
+            return 0
         rows, n = self.array.shape[1:3]
         row_bytes = self.array.nbytes // rows
         used = row_bytes * extent // n
-        first = -self.array.ctypes.data % HUGE
+        first = -self.array.ctypes.data % huge
         new = 0
-        for begin in range(first, self.array.nbytes - HUGE + 1, HUGE):
+        for begin in range(first, self.array.nbytes - huge + 1, huge):
             if begin in self._joined:
                 continue
-            end = begin + HUGE
+            end = begin + huge
             overlaps = (
                 min(end, row * row_bytes + used) - max(begin, row * row_bytes)
                 for row in range(begin // row_bytes, (end - 1) // row_bytes + 1)
             )
-            if 2 * sum(max(0, overlap) for overlap in overlaps) < HUGE:
+            if 2 * sum(max(0, overlap) for overlap in overlaps) < huge:
                 continue
             self._joined.add(begin)
             with contextlib.suppress(OSError, AttributeError):
-                self._pages.madvise(mmap.MADV_HUGEPAGE, begin, HUGE)
-                self._pages.madvise(COLLAPSE, begin, HUGE)
+                self._pages.madvise(mmap.MADV_HUGEPAGE, begin, huge)
+                self._pages.madvise(COLLAPSE, begin, huge)
                 new += 1
         return new

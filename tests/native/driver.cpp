@@ -546,7 +546,7 @@ void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, in
   };
   for (int64_t h = 0; h < heads; ++h) {
     const float most = *std::max_element(references.data() + h * blocks, references.data() + (h + 1) * blocks);
-    const float whole = path.gain(references.data() + h * blocks, sums.data() + h * blocks, blocks, most, 1.0f, gains.data() + h * blocks);
+    const float whole = path.find_gains(references.data() + h * blocks, sums.data() + h * blocks, blocks, most, 1.0f, gains.data() + h * blocks);
     double expected = 0;
     for (int64_t place = 0; place < stride; ++place) {
       const int64_t p = position(place), b = place / kBlockTokens, lane = place % kLanes, j = place % kBlockTokens / kLanes;

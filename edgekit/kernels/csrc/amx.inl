@@ -49,21 +49,18 @@ template <int Bits, Offset Kind>
     unpack<Bits>(codes, unpacked);
     for (int line = 0; line < Bits; ++line) prefetch(codes + kAhead + 64 * line);
     codes += kLanes * 32 * Bits / 8;
-    Floats scale = scales.scale(), minimum = scales.offset(scale);
-    const Floats zero = scales.zero();
-    if ((column + 32) % w.block == 0) scales.next();
-    for (const Bytes& run : unpacked) {
-      if (w.block < 32 && &run == unpacked + 4) {  // symmetric
-        scale = scales.scale();
-        scales.next();
-      }
-      const auto value = [&](int at) {
-        const Ints code = {_mm512_and_si512(_mm512_srli_epi32(run.v, 8 * at), byte)};
-        return Kind == Offset::kMinimum ? fma(to_float(code), scale, minimum).v : mul(sub(to_float(code), zero), scale).v;
-      };
-      for (int at = 0; at < 4; at += 2, out += 64) {
-        const auto pair = (__m512i)_mm512_cvtne2ps_pbh(value(at + 1), value(at));
-        _mm512_storeu_si512(out, in_turns(pair));
+    for (int half = 0; half < 2; ++half) {  // the smallest block
+      const Floats scale = scales.scale(), minimum = scales.offset(scale), zero = scales.zero();
+      if ((column + 16 * (half + 1)) % w.block == 0) scales.next();
+      for (int run = 4 * half; run < 4 * half + 4; ++run) {
+        const auto value = [&](int at) {
+          const Ints code = {_mm512_and_si512(_mm512_srli_epi32(unpacked[run].v, 8 * at), byte)};
+          return Kind == Offset::kMinimum ? fma(to_float(code), scale, minimum).v : mul(sub(to_float(code), zero), scale).v;
+        };
+        for (int at = 0; at < 4; at += 2, out += 64) {
+          const auto pair = (__m512i)_mm512_cvtne2ps_pbh(value(at + 1), value(at));
+          _mm512_storeu_si512(out, in_turns(pair));
+        }
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "path.h"
@@ -128,14 +129,17 @@ class Attend {
       }
     };
     if (form_.sparse && tokens == 1) {
-      if (total > std::max(dense_below_, summary.budget)) return select(pool, q, cache, total, summary, out, read_head);
+      std::optional<Selection> selection;
+      if (total > std::max(dense_below_, summary.budget)) selection.emplace(sparse_, q, cache, total, summary);
+      // Only a selection reads means, and it makes that of its own page.
+      const bool averages = !sparse_.adamas && (selection || total % kPageTokens == 0);
       pool.parallel(static_cast<size_t>(kv_heads_), [&, total = total, &cache = cache, &summary = summary](size_t i) {
         const auto h = static_cast<int64_t>(i);
         read_head(0, h);
-        // Nothing reads the mean before a token that is not exact, which makes that of its own page.
-        if (!sparse_.adamas && total % kPageTokens == 0) average_page(cache, h, (total - 1) / kPageTokens, total, summary);
+        if (averages) average_page(cache, h, (total - 1) / kPageTokens, total, summary);
+        if (selection) selection->encode(h);
       });
-      return decode(pool, q, cache, total, out);
+      return selection ? select(pool, *selection, out) : decode(pool, q, cache, total, out);
     }
     const int threads = tokens == 1 ? g_decode_threads : g_prefill_threads;
     const size_t cuts = pieces(tokens, threads, 8);
@@ -276,21 +280,12 @@ class Attend {
                 s.means + (head * s.blocks + page / kLanes) * mean_bytes(head_dim_));
   }
 
-  // One token over a long cache, after it is read head by head: estimate every position, attend exactly to `budget` of them, and let the others count
-  // with their estimated weights, the next ones with their own values, the rest with their pages' means.
-  template <class ReadHead>
-  void select(const Pool& pool, const float* q, const Cache& cache, int64_t total, const Summary& s, float* out,
-              const ReadHead& read_head) const {
-    const Selection selection(sparse_, q, cache, total, s);
+  // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count with
+  // their estimated weights, the next ones with their own values, the rest with their pages' means.
+  void select(const Pool& pool, const Selection& selection, float* out) const {
     const int64_t units = sparse_.units();
     const auto count = static_cast<size_t>(selection.count());
     // Who estimates a unit's last segment also chooses.
-    pool.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) {
-      const auto h = static_cast<int64_t>(i);
-      read_head(0, h);
-      if (!sparse_.adamas) average_page(cache, h, (total - 1) / kPageTokens, total, s);
-      selection.encode(h);
-    });
     int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(units));
     std::fill(left, left + units, selection.segments());
     pool.parallel(count, [&](size_t i) {

@@ -9,12 +9,6 @@ namespace {
 
 constexpr int64_t kMostChannels = 1024;
 
-inline void fetch_row(const Rows& rows, int64_t position, int64_t head_dim) {
-  const auto* row = static_cast<const uint8_t*>(rows.data) + position * rows.bytes(head_dim);
-  for (int64_t c = 0; c < rows.bytes(head_dim); c += 64) prefetch(row + c);
-  if (rows.scales) prefetch(rows.scales + position);
-}
-
 // Butterflies in NumPy's order: what is rounded afterwards agrees to the bit.
 void hadamard(float* x, int64_t rows, int64_t head_dim) {
   const int64_t run = head_dim & -head_dim;
@@ -176,7 +170,7 @@ void decode_whole_heads(const DecodeTask& t, int64_t first_head) {
   int8_t room[kLanes * kMostChannels];
   for (int64_t j = 0; j < t.count; j += kLanes) {
     const int64_t count = kLanes < t.count - j ? kLanes : t.count - j;
-    for (int64_t i = j; t.at && i < j + count; ++i) fetch_row(t.values, t.at[i], d);  // they are read once all scores are known
+    for (int64_t i = j; t.at && i < j + count; ++i) t.values.fetch(t.at[i], d);  // they are read once all scores are known
     const int8_t* keys = whole_rows(t.keys, j, count, d, room, t.at);
     if (count < kLanes) {
       if (keys != room) std::memcpy(room, keys, static_cast<size_t>(count * d));

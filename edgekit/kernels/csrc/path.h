@@ -113,6 +113,12 @@ struct Rows {
   [[gnu::always_inline]] Rows from(int64_t position, int64_t head_dim) const {
     return {static_cast<const uint8_t*>(data) + position * bytes(head_dim), scales ? scales + position : nullptr, bits};
   }
+  // Send for a row, which takes as long as dozens of rows do to compute.
+  [[gnu::always_inline]] void fetch(int64_t position, int64_t head_dim) const {
+    const Rows row = from(position, head_dim);
+    for (int64_t c = 0; c < bytes(head_dim); c += 64) __builtin_prefetch(static_cast<const uint8_t*>(row.data) + c);
+    if (scales) __builtin_prefetch(row.scales);
+  }
 };
 
 constexpr int64_t kKeyBlock = 64;  // keys that many tokens attend to at once
@@ -237,7 +243,7 @@ struct Path {
   void (*encode_query)(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
                        float* constant);
   void (*estimate)(const SparseTask& task);
-  float (*gain)(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains);
+  float (*find_gains)(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains);
   void (*select)(const SparseTask& task, const SparseChoice& choice);
   void (*weigh)(const SparseTask& task);
   // The mean of `count` rows, as page `page` of a block's means; and out[h] += sum_i weights[h][i] * rows[at[i]], with

@@ -19,7 +19,7 @@
 
 namespace edgekit {
 constexpr Path kPath{"amx", 0, kAbreast, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
-                     encode, encode_query, estimate, gain, select, weigh, mean, gather, round_row, hadamard, planes, distances,
+                     encode, encode_query, estimate, find_gains, select, weigh, mean, gather, round_row, hadamard, planes, distances,
                      near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit

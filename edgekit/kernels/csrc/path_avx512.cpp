@@ -17,7 +17,7 @@
 
 namespace edgekit {
 constexpr Path kPath{"avx512", 1, kAbreast, quantize, multiply<PanelRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, gain, select, weigh, mean, gather, round_row, hadamard, planes, distances,
+                     encode, encode_query, estimate, find_gains, select, weigh, mean, gather, round_row, hadamard, planes, distances,
                      near_peak};
 extern const Path* const kAvx512 = &kPath;
 }  // namespace edgekit

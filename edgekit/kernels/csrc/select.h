@@ -104,7 +104,7 @@ class Selection {
   void estimate(int64_t unit, int64_t segment) const {
     if (segment == 0) {  // who chooses will attend to these
       const Rows keys = keys_from(unit, 0), values = values_from(unit, 0);
-      for (int64_t p = recent_; p < total_; ++p) fetch(keys, p), fetch(values, p);
+      for (int64_t p = recent_; p < total_; ++p) keys.fetch(p, s_.head_dim), values.fetch(p, s_.head_dim);
     }
     if (s_.adamas) return path().distances(task(unit, segment));
     path().estimate(task(unit, segment));
@@ -227,7 +227,7 @@ class Selection {
       float whole = 0.0f;
       for (const float* part : {sinks, recent}) whole += std::exp(part[h] - top) * part[t.heads + h];
       float* gains = const_cast<float*>(t.gains) + h * blocks_;
-      whole += path().gain(references, sums, blocks_, most, std::exp(most / kLog2E - top), gains);
+      whole += path().find_gains(references, sums, blocks_, most, std::exp(most / kLog2E - top), gains);
       for (int64_t b = 0; b < blocks_; ++b) gains[b] /= whole;
       whole_[unit * t.heads + h] = top + std::log(whole);
     }
@@ -269,7 +269,7 @@ class Selection {
     for (int64_t i = 0; i < count; ++i) {
       const int32_t at = places[i], block = at / int32_t{kBlockTokens};
       positions[i] = position(at);
-      fetch(rows, positions[i]);
+      rows.fetch(positions[i], s_.head_dim);
       for (int64_t h = 0; h < heads; ++h) {
         const float weight = t.weights[h * t.stride + at];
         float& page = t.page_weights[(h * t.blocks + block) * kLanes + at % kLanes];
@@ -277,12 +277,6 @@ class Selection {
         if (shares) shares[h * following_ + i] = weight * t.gains[h * t.blocks + block];
       }
     }
-  }
-
-  void fetch(const Rows& rows, int64_t position) const {
-    const auto* row = static_cast<const uint8_t*>(rows.data) + position * rows.bytes(s_.head_dim);
-    for (int64_t c = 0; c < rows.bytes(s_.head_dim); c += 64) __builtin_prefetch(row + c);
-    if (rows.scales) __builtin_prefetch(rows.scales + position);
   }
 
   // Exact attention of a unit's heads to `count` rows, or those that `at` names.

@@ -251,7 +251,7 @@ float limit_of(const float* x, int64_t count, int64_t least, int64_t most) {
 
 // gains[b] = factor * 2^(references[b] - most), and the sum of the blocks' sums times these. Only a power of two differs, so
 // that equal estimates keep equal shares.
-float gain(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains) {
+float find_gains(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains) {
   Floats whole = zeros();
   for (int64_t b = 0; b < blocks; b += kLanes) {
     const auto count = static_cast<size_t>(kLanes < blocks - b ? kLanes : blocks - b) * sizeof(float);
