@@ -116,8 +116,8 @@ struct Rows {
   // Send for a row, which takes as long as dozens of rows do to compute.
   [[gnu::always_inline]] void fetch(int64_t position, int64_t head_dim) const {
     const Rows row = from(position, head_dim);
-    for (int64_t c = 0; c < bytes(head_dim); c += 64) __builtin_prefetch(static_cast<const uint8_t*>(row.data) + c);
-    if (scales) __builtin_prefetch(row.scales);
+    for (int64_t c = 0; c < bytes(head_dim); c += 64) __builtin_prefetch(static_cast<const uint8_t*>(row.data) + c, 0, 2);
+    if (scales) __builtin_prefetch(row.scales, 0, 2);
   }
 };
 

@@ -220,7 +220,7 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 
 #endif
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #include "vec_whole.h"
 #include "vec_pick.h"

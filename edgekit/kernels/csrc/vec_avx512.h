@@ -139,7 +139,7 @@ inline void pick_places(unsigned lanes, int32_t first, int32_t* to) {
   const __m512i places = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), places));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #include "vec_whole.h"
 #include "vec_float_zeros.h"
