@@ -43,7 +43,7 @@ void distances(const SparseTask& t) {
         }
         row[place(p)] = static_cast<float>(most - distance) / static_cast<float>(most);
       }
-      hide(t, b, row, 0.0f);
+      hide(t, b, row);
     }
   }
 }

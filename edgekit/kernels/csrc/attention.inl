@@ -27,7 +27,6 @@ void decode_scores(const DecodeTask& t, const float* q, float* scores) {
     for (int r = 0; r < Runs; ++r) queries[h][r] = load(q + h * d + r * kLanes);
   }
   for (int64_t j = 0; j < count; ++j) {
-    if (t.at) t.values.fetch(t.at[j], d);  // they are read once all scores are known
     const uint16_t* key = keys + (t.at ? t.at[j] : j) * d;
     Floats acc[4] = {zeros(), zeros(), zeros(), zeros()};
     for (int64_t r = 0; r < runs; ++r) {

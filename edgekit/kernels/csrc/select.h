@@ -147,6 +147,7 @@ class Selection {
     // Rows that lie anywhere are sent for before anything else is done.
     const Rows keys = keys_from(unit, 0), values = values_from(unit, 0);
     take_out(t, exact_places(unit) + from, to - from, keys, at, nullptr);
+    for (int64_t i = 0; i < to - from; ++i) values.fetch(at[i], s_.head_dim);
     take_out(t, following_places(unit) + first, last - first, values, next, shares);
     if (s_.adamas) {
       std::fill(t.out, t.out + part_size(), 0.0f);

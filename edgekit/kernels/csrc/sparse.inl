@@ -66,14 +66,6 @@ void encode_query(const KeyCoder& coder, const float* q, float scale, float* spr
   *constant = shift * scale * kLog2E - 0.5f * static_cast<float>(zero) * *factor;
 }
 
-// 2^t within 1 %, 2^-125 at least: a parabola where `exponential` has a polynomial of degree six. What is weighed so is an
-// estimate that is off by more. A whole number added to t changes nothing but the power.
-inline Floats rough_power(Floats t) {
-  t = max(t, all(-125.0f));
-  const Floats n = round(t), f = sub(t, n);
-  return scale_by_power(fma(fma(all(0.2402265f), f, all(0.6931472f)), f, all(1.0f)), n);
-}
-
 // Where position p of the sequence stands among the weights.
 inline int64_t place(int64_t p) {
   return p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
@@ -92,13 +84,28 @@ template <int Heads, int Tiles, class Part>
   }
 }
 
-// Estimates of block b, for `Heads` query heads from `head`, and the largest in each lane.
-template <int Heads>
-void estimate_heads(const SparseTask& t, int64_t head, int64_t b, Floats* highest) {
+// 2^(t - reference) within 1 %, 2^-125 at least, for a whole reference: a parabola where `exponential` has a polynomial of
+// degree six. What is weighed so is an estimate that is off by more. The reference changes nothing but the power.
+inline Floats rough_power(Floats t, Floats reference, Floats least) {
+  t = max(t, least);
+  const Floats n = round(t), f = sub(t, n);
+  return scale_by_power(fma(fma(all(0.2402265f), f, all(0.6931472f)), f, all(1.0f)), sub(n, reference));
+}
+
+// The weights 2^(estimate - reference) of block b, for `Heads` query heads from `head`; their sums, and the largest estimate, in
+// each lane. Runs: head_dim / 64, or 0 where it is not known here.
+template <int Heads, int Runs>
+void weigh_block(const SparseTask& t, int64_t head, int64_t b, const float* references, Floats* pages, Floats* highest) {
   constexpr int kTiles = kAtOnce >= 8 ? 2 : 1;  // as many as the registers hold
-  Floats high[Heads];
-  for (int h = 0; h < Heads; ++h) high[h] = all(kHidden);
-  const int64_t bytes = 4 * t.head_dim, stride = t.channels;
+  Floats high[Heads], total[Heads], reference[Heads], least[Heads];
+  for (int h = 0; h < Heads; ++h) {
+    high[h] = all(kHidden);
+    total[h] = zeros();
+    reference[h] = all(references[h]);
+    least[h] = all(references[h] - 125.0f);
+  }
+  const int64_t bytes = Runs > 0 ? Runs * 256 : 4 * t.head_dim;
+  const int64_t fine = Runs > 0 ? Runs * 16 : t.fine, stride = Runs > 0 ? Runs * 48 : t.channels;
   const uint8_t* tile = t.codes + b * kPageTokens * bytes;
   for (int64_t j = 0; j < kPageTokens; j += kTiles, tile += kTiles * bytes) {
     for (int64_t ahead = 0; ahead < kTiles * bytes; ahead += 64) prefetch(tile + kAhead + ahead);
@@ -107,13 +114,15 @@ void estimate_heads(const SparseTask& t, int64_t head, int64_t b, Floats* highes
       for (int h = 0; h < Heads; ++h) acc[i][h] = all(int32_t{0});
     }
     const uint8_t* line = tile;
-    const int8_t *q = t.q_codes + head * stride, *fine_end = q + t.fine, *end = q + stride;
+    const int8_t *q = t.q_codes + head * stride, *fine_end = q + fine, *end = q + stride;
+#pragma GCC unroll 2
     for (; q < fine_end; q += 16, line += 128) {
       add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
         const Bytes low = load_bytes(line + i * bytes), high = load_bytes(line + i * bytes + 64);
         codes[0] = field<0, 15>(low), codes[1] = field<4, 15>(low), codes[2] = field<0, 15>(high), codes[3] = field<4, 15>(high);
       });
     }
+#pragma GCC unroll 2
     for (; q < end; q += 16, line += 64) {
       add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
         const Bytes all4 = load_bytes(line + i * bytes);
@@ -124,61 +133,74 @@ void estimate_heads(const SparseTask& t, int64_t head, int64_t b, Floats* highes
       float* to = t.weights + (head + h) * t.stride + (b * kPageTokens + j) * kLanes;
       for (int i = 0; i < kTiles; ++i) {
         const Floats estimate = fma(to_float(acc[i][h]), all(t.factors[head + h]), all(t.constants[head + h]));
-        store(to + i * kLanes, estimate);
+        const Floats weight = rough_power(estimate, reference[h], least[h]);
         high[h] = max(estimate, high[h]);
+        store(to + i * kLanes, weight);
+        total[h] = add(total[h], weight);
       }
     }
   }
-  for (int h = 0; h < Heads; ++h) highest[h] = high[h];
+  for (int h = 0; h < Heads; ++h) highest[h] = high[h], pages[h] = total[h];
 }
 
-// What is attended exactly anyway, and what lies ahead, is no candidate.
-[[gnu::noinline]] void hide(const SparseTask& t, int64_t b, float* row, float value) {
+// What is attended exactly anyway, and what lies ahead, is no candidate: its weights are none.
+[[gnu::noinline]] void hide(const SparseTask& t, int64_t b, float* row) {
   const int64_t from = b * kBlockTokens, to = from + kBlockTokens;
-  for (int64_t p = from; p < t.sinks && p < to; ++p) row[place(p)] = value;
-  for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[place(p)] = value;
+  for (int64_t p = from; p < t.sinks && p < to; ++p) row[place(p)] = 0.0f;
+  for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[place(p)] = 0.0f;
 }
 
-// The weights 2^(estimate - reference) of one head in block b, and their sums; the reference is a whole number near the
-// largest estimate.
-void weigh_estimates(const SparseTask& t, int64_t h, int64_t b, Floats high) {
-  float *row = t.weights + h * t.stride, *block = row + b * kBlockTokens;
-  const bool hides = b * kBlockTokens < t.sinks || (b + 1) * kBlockTokens > t.recent;
-  if (hides) {
-    hide(t, b, row, kHidden);
-    high = load(block);
-    for (int64_t i = 1; i < kPageTokens; ++i) high = max(load(block + i * kLanes), high);
+Floats sum_of_pages(const float* block) {
+  Floats pages = load(block);
+  for (int64_t i = 1; i < kPageTokens; ++i) pages = add(pages, load(block + i * kLanes));
+  return pages;
+}
+
+// Blocks of some heads. A block's reference is the largest estimate of the block before it, so that weights are at hand as
+// soon as estimates are; or its own, where these lie far apart.
+template <int Heads, int Runs>
+void estimate_heads(const SparseTask& t, int64_t head) {
+  constexpr float kFar = 32.0f;  // weights are 2^kFar at most, then
+  float references[Heads] = {};
+  for (int64_t b = t.first_block; b < t.last_block; ++b) {
+    Floats pages[Heads], highest[Heads];
+    weigh_block<Heads, Runs>(t, head, b, references, pages, highest);
+    float next[Heads];
+    bool near = true;
+    for (int h = 0; h < Heads; ++h) {
+      next[h] = nearbyintf(largest(highest[h]));
+      near &= fabsf(next[h] - references[h]) <= kFar;
+    }
+    if (!near) {
+      std::memcpy(references, next, sizeof next);
+      weigh_block<Heads, Runs>(t, head, b, references, pages, highest);
+    }
+    const bool hides = b * kBlockTokens < t.sinks || (b + 1) * kBlockTokens > t.recent;
+    for (int h = 0; h < Heads; ++h) {
+      const int64_t at = (head + h) * t.blocks + b;
+      if (hides) {
+        float* row = t.weights + (head + h) * t.stride;
+        hide(t, b, row);
+        pages[h] = sum_of_pages(row + b * kBlockTokens);
+      }
+      store(t.page_weights + at * kLanes, pages[h]);
+      t.references[at] = references[h];
+      t.sums[at] = sum(pages[h]);
+    }
+    std::memcpy(references, next, sizeof next);
   }
-  const float reference = nearbyintf(largest(high));
-  Floats even = zeros(), odd = zeros();
-  for (int64_t i = 0; i < kPageTokens; i += 2) {
-    const Floats a = rough_power(sub(load(block + i * kLanes), all(reference)));
-    const Floats c = rough_power(sub(load(block + (i + 1) * kLanes), all(reference)));
-    store(block + i * kLanes, a);
-    store(block + (i + 1) * kLanes, c);
-    even = add(even, a);
-    odd = add(odd, c);
-  }
-  if (hides) hide(t, b, row, 0.0f);
-  const Floats pages = add(even, odd);
-  store(t.page_weights + (h * t.blocks + b) * kLanes, pages);
-  t.references[h * t.blocks + b] = reference;
-  t.sums[h * t.blocks + b] = sum(pages);
 }
 
 void estimate(const SparseTask& t) {
-  for (int64_t b = t.first_block; b < t.last_block; ++b) {
-    Floats high[3];
-    int64_t h = 0;
-    for (; h + 3 <= t.heads; h += 3) {
-      estimate_heads<3>(t, h, b, high);
-      for (int64_t i = 0; i < 3; ++i) weigh_estimates(t, h + i, b, high[i]);
-    }
-    for (; h < t.heads; ++h) {
-      estimate_heads<1>(t, h, b, high);
-      weigh_estimates(t, h, b, high[0]);
+  int64_t h = 0;
+  for (; h + 3 <= t.heads; h += 3) {
+    if (t.head_dim == 64) {
+      estimate_heads<3, 1>(t, h);
+    } else {
+      estimate_heads<3, 0>(t, h);
     }
   }
+  for (; h < t.heads; ++h) estimate_heads<1, 0>(t, h);
 }
 
 // How many of `count` numbers, a multiple of 16, are at least `limit`.
