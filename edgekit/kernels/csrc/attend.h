@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "order.h"
 #include "path.h"
 #include "prefill.h"
 #include "select.h"
@@ -283,20 +284,8 @@ class Attend {
   // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count with
   // their estimated weights, the next ones with their own values, the rest with their pages' means.
   void select(const Pool& pool, const Selection& selection, float* out) const {
-    const int64_t units = sparse_.units();
-    const auto count = static_cast<size_t>(selection.count());
-    // Who estimates a unit's last segment also chooses.
-    int64_t* left = scratch<int64_t, Use::kLeft>(static_cast<size_t>(units));
-    std::fill(left, left + units, selection.segments());
-    pool.parallel(count, [&](size_t i) {
-      const auto [unit, segment] = selection.piece(static_cast<int64_t>(i));
-      selection.estimate(unit, segment);
-      if (__atomic_sub_fetch(left + unit, 1, __ATOMIC_ACQ_REL) == 0) selection.choose(unit);
-    });
-    pool.parallel(count, [&](size_t i) {
-      const auto [unit, segment] = selection.piece(static_cast<int64_t>(i));
-      selection.attend(unit, segment);
-    });
+    Order order(sparse_.units(), selection.segments());
+    pool.parallel(order.count(), [&](size_t i) { order.take(i, selection); });
     for (int64_t h = 0; h < kv_heads_ * group_; ++h) selection.join(h, out + h * head_dim_);
   }
 

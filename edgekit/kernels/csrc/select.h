@@ -86,20 +86,7 @@ class Selection {
     }
   }
 
-  struct Piece {
-    int64_t unit, segment;
-  };
-  int64_t count() const { return s_.units() * segments_; }
   int64_t segments() const { return segments_; }
-
-  // Pieces in an order for threads that take them from both ends. A unit that both share comes first, at either end, so that
-  // one of them can choose for it while there is other work; and either finds a unit's segments in the order of memory.
-  Piece piece(int64_t i) const {
-    const int64_t units = s_.units();
-    if (i < (count() + 1) / 2) return piece_from(i, (segments_ + 1) / 2);
-    const Piece other = piece_from(count() - 1 - i, segments_ / 2);
-    return {units - 1 - other.unit, 2 * other.unit + 1 == units ? segments_ - 1 - other.segment : other.segment};
-  }
 
   void estimate(int64_t unit, int64_t segment) const {
     if (segment == 0) {  // who chooses will attend to these
@@ -185,13 +172,6 @@ class Selection {
   static constexpr int64_t kWidest = 1024;
 
  private:
-  // The first `half` of a unit in the middle come first, if there is one.
-  Piece piece_from(int64_t i, int64_t half) const {
-    const int64_t units = s_.units(), shared = units % 2 ? half : 0;
-    if (i < shared) return {units / 2, i};
-    return {(i - shared) / segments_, (i - shared) % segments_};
-  }
-
   SparseTask task(int64_t unit, int64_t segment) const {
     const int64_t first = unit * s_.heads, heads = s_.kv_heads * s_.group, head = first / s_.group;
     SparseTask t{};

@@ -10,9 +10,9 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <thread>
 
 #include "session.h"
+#include "work.h"
 
 namespace edgekit {
 
@@ -50,15 +50,6 @@ class Team final : public ort::Pool {
   static constexpr int64_t kMostAhead = 1 << 19;  // what a second cache keeps
   static constexpr int kLines = 4;
 
-  static void rest(int turns) {
-    // A member may wait for a processor that another one has.
-    if (turns % 4096 == 4095) return std::this_thread::yield();
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-  }
   // Pieces first..end - 1 are left: `first` in the lower half of left_, `end` in the upper. The leader takes the first, helpers
   // the last, so that each finds what it fetched.
   int64_t take_first() const {

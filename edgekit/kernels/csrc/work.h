@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 namespace edgekit {
@@ -31,6 +32,17 @@ T* scratch(size_t count) {
   thread_local std::vector<T> memory;
   if (memory.size() < count) memory.resize(count);
   return memory.data();
+}
+
+// Between two looks at what others do.
+inline void rest(int turns) {
+  // Somebody may wait for a processor that another one has.
+  if (turns % 4096 == 4095) return std::this_thread::yield();
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
 }
 
 // How many pieces to cut `units` of work into: a few a thread, so that none waits long for another.
