@@ -134,13 +134,14 @@ class Attend {
       if (total > std::max(dense_below_, summary.budget)) selection.emplace(sparse_, q, cache, total, summary);
       // Only a selection reads means, and it makes that of its own page.
       const bool averages = !sparse_.adamas && (selection || total % kPageTokens == 0);
-      pool.parallel(static_cast<size_t>(kv_heads_), [&, total = total, &cache = cache, &summary = summary](size_t i) {
-        const auto h = static_cast<int64_t>(i);
+      const auto read = [&, total = total, &cache = cache, &summary = summary](int64_t h) {
         read_head(0, h);
         if (averages) average_page(cache, h, (total - 1) / kPageTokens, total, summary);
         if (selection) selection->encode(h);
-      });
-      return selection ? select(pool, *selection, out) : decode(pool, q, cache, total, out);
+      };
+      if (selection) return select(pool, read, *selection, out);
+      pool.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) { read(static_cast<int64_t>(i)); });
+      return decode(pool, q, cache, total, out);
     }
     const int threads = tokens == 1 ? g_decode_threads : g_prefill_threads;
     const size_t cuts = pieces(tokens, threads, 8);
@@ -283,9 +284,10 @@ class Attend {
 
   // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count with
   // their estimated weights, the next ones with their own values, the rest with their pages' means.
-  void select(const Pool& pool, const Selection& selection, float* out) const {
-    Order order(sparse_.units(), selection.segments());
-    pool.parallel(order.count(), [&](size_t i) { order.take(i, selection); });
+  template <class Read>
+  void select(const Pool& pool, const Read& read, const Selection& selection, float* out) const {
+    Order order(kv_heads_, sparse_.units(), selection.segments());
+    pool.parallel(order.count(), [&](size_t i) { order.take(i, read, selection); });
     for (int64_t h = 0; h < kv_heads_ * group_; ++h) selection.join(h, out + h * head_dim_);
   }
 

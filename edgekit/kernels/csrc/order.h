@@ -1,7 +1,8 @@
-// The order of one token's sparse attention: estimates of a unit's segments, then its choice, then attention to its segments.
+// The order of one token's sparse attention: a key-value head's queries and key are read, then estimates of its units' segments
+// made, then each unit chooses, then its segments are attended to.
 //
 // Threads take pieces from both ends of a loop. Whoever makes a unit's last estimate chooses for it, and nobody waits for other
-// units' choices: attention to a unit begins when it has chosen, beside estimates and choices of others.
+// units: attention to one goes on beside estimates and choices of others.
 #pragma once
 
 #include <algorithm>
@@ -14,26 +15,37 @@ namespace {
 
 class Order {
  public:
-  Order(int64_t units, int64_t segments) : units_(units), segments_(segments), ends_(uint64_t(units * segments) << 32) {
-    left_ = scratch<int64_t, Use::kLeft>(static_cast<size_t>(2 * units));
+  // `units` are a multiple of `heads`.
+  Order(int64_t heads, int64_t units, int64_t segments)
+      : heads_(heads), units_(units), segments_(segments), reads_(ends_of(heads)), estimates_(ends_of(units * segments)) {
+    left_ = scratch<int64_t, Use::kLeft>(static_cast<size_t>(heads + 2 * units));
     taken_ = left_ + units;
-    std::fill(left_, left_ + units, segments);
-    std::fill(taken_, taken_ + units, 0);
+    read_ = taken_ + units;
+    std::fill(left_, taken_, segments);
+    std::fill(taken_, read_ + heads, 0);
   }
 
-  // Of estimates and attention together.
-  size_t count() const { return static_cast<size_t>(2 * units_ * segments_); }
+  size_t count() const { return static_cast<size_t>(heads_ + 2 * units_ * segments_); }
 
-  // Do one piece, in the call for i of a loop of count(). `work` has estimate(unit, segment), choose(unit) and attend(unit, segment).
-  template <class Work>
-  void take(size_t i, const Work& work) {
+  // Do one piece, in the call for i of a loop of count(): read(head), or estimate(unit, segment), choose(unit) and
+  // attend(unit, segment) of `work`.
+  template <class Read, class Work>
+  void take(size_t i, const Read& read, const Work& work) {
     const bool first = i < count() / 2;
-    if (const int64_t at = take_estimate(first); at >= 0) {
-      const Piece p = piece(at);
-      work.estimate(p.unit, p.segment);
-      if (__atomic_sub_fetch(left_ + p.unit, 1, __ATOMIC_ACQ_REL) > 0) return;
-      work.choose(p.unit);
-      return __atomic_store_n(left_ + p.unit, kChosen, __ATOMIC_RELEASE);
+    if (const int64_t at = take_one(reads_, first); at >= 0) {
+      // A head in the middle comes first, as its units do.
+      const int64_t middle = heads_ % 2 ? heads_ / 2 : -1, head = at > middle ? at : at == 0 ? middle : at - 1;
+      read(head);
+      return __atomic_store_n(read_ + head, 1, __ATOMIC_RELEASE);
+    }
+    if (const int64_t at = take_one(estimates_, first); at >= 0) {
+      const auto [unit, segment] = piece(at);
+      const int64_t* ready = read_ + unit * heads_ / units_;
+      for (int turns = 0; __atomic_load_n(ready, __ATOMIC_ACQUIRE) == 0; ++turns) rest(turns);
+      work.estimate(unit, segment);
+      if (__atomic_sub_fetch(left_ + unit, 1, __ATOMIC_ACQ_REL) > 0) return;
+      work.choose(unit);
+      return __atomic_store_n(left_ + unit, kChosen, __ATOMIC_RELEASE);
     }
     // There is a piece for each call, so one is there or will be when who chooses has chosen.
     for (int turns = 0;; ++turns) {
@@ -54,12 +66,13 @@ class Order {
   };
   static constexpr int64_t kChosen = -1;
 
-  // Estimates first..end - 1 are left: `first` in the lower half of ends_, `end` in the upper.
-  int64_t take_estimate(bool first) {
-    uint64_t ends = __atomic_load_n(&ends_, __ATOMIC_RELAXED);
+  // Pieces first..end - 1 are left: `first` in the lower half, `end` in the upper.
+  static uint64_t ends_of(int64_t count) { return static_cast<uint64_t>(count) << 32; }
+  static int64_t take_one(uint64_t& left, bool first) {
+    uint64_t ends = __atomic_load_n(&left, __ATOMIC_RELAXED);
     while (static_cast<uint32_t>(ends) < ends >> 32) {
-      const uint64_t less = first ? ends + 1 : ends - (uint64_t{1} << 32);
-      if (__atomic_compare_exchange_n(&ends_, &ends, less, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+      const uint64_t less = first ? ends + 1 : ends - ends_of(1);
+      if (__atomic_compare_exchange_n(&left, &ends, less, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
         return static_cast<int64_t>(first ? static_cast<uint32_t>(ends) : (ends >> 32) - 1);
       }
     }
@@ -81,10 +94,11 @@ class Order {
     return {(i - shared) / segments_, (i - shared) % segments_};
   }
 
-  int64_t units_, segments_;
-  alignas(64) uint64_t ends_;
+  int64_t heads_, units_, segments_;
+  alignas(64) uint64_t reads_, estimates_;
   int64_t* left_;   // [units]: estimates that are not made; kChosen
   int64_t* taken_;  // [units]: segments that somebody attends to
+  int64_t* read_;   // [heads]: 1 when it was read
 };
 
 }  // namespace
