@@ -151,14 +151,14 @@ def estimates(q: Floats, codes: Bytes, center: Floats, decoder: Floats) -> NDArr
 
 
 def rough_power(t: NDArray[np.float64]) -> NDArray[np.float64]:
-    """2^t within 1 %, 2^-125 at least: 2^n (1 + c1 f + c2 f^2), n + f = t, |f| <= 1/2.
+    """2^t within 4 %, and right on average; 2^-126 at least.
 
-    As the native kernel computes it; an estimate is off by more.
+    t is rounded to 256ths, lowered by 15 of them, and n + f = t becomes (1 + f) 2^n, as the bits of a float do. As the native
+    kernel computes it; an estimate is off by more.
     """
-    t = np.maximum(t, -125.0)
-    n = np.rint(t)
-    f = t - n
-    y: NDArray[np.float64] = np.ldexp((0.2402265 * f + 0.6931472) * f + 1, n.astype(np.int32))
+    whole = np.maximum(np.rint(256 * t) - 15, -126 * 256)
+    n = np.floor(whole / 256)
+    y: NDArray[np.float64] = np.ldexp(1 + whole / 256 - n, n.astype(np.int32))
     return y
 
 

@@ -48,7 +48,11 @@ void encode(const KeyCoder& coder, float* key, int64_t position, float* spread, 
   }
 }
 
-// The query as integers: estimates are factor * (sum of code * integer) + constant, in powers of two.
+// Estimates are whole numbers of 256ths of a power of two, and not beyond what an integer holds.
+constexpr float kGrains = 256.0f;
+constexpr float kMostGrains = 1e9f;
+
+// The query as integers: estimates are factor * (sum of code * integer) + constant.
 void encode_query(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
                   float* constant) {
   float shift = 0.0f, peak = 0.0f;
@@ -62,8 +66,10 @@ void encode_query(const KeyCoder& coder, const float* q, float scale, float* spr
     codes[c] = static_cast<int8_t>(whole > 127.0f ? 127.0f : whole >= -127.0f ? whole : -127.0f);
     zero += codes[c] * (c < coder.fine ? 15 : 3);
   }
-  *factor = peak / 127.0f * scale * kLog2E;
-  *constant = shift * scale * kLog2E - 0.5f * static_cast<float>(zero) * *factor;
+  const float most = kMostGrains / static_cast<float>(127 * 15 * coder.channels), unbound = peak / 127.0f * scale * kLog2E * kGrains;
+  *factor = unbound < most ? unbound : most;
+  const float middle = shift * scale * kLog2E * kGrains - 0.5f * static_cast<float>(zero) * *factor;
+  *constant = !(middle > -kMostGrains) ? -kMostGrains : middle < kMostGrains ? middle : kMostGrains;
 }
 
 // Where position p of the sequence stands among the weights.
@@ -84,25 +90,23 @@ template <int Heads, int Tiles, class Part>
   }
 }
 
-// 2^(t - reference) within 1 %, 2^-125 at least, for a whole reference: a parabola where `exponential` has a polynomial of
-// degree six. What is weighed so is an estimate that is off by more. The reference changes nothing but the power.
-inline Floats rough_power(Floats t, Floats reference, Floats least) {
-  t = max(t, least);
-  const Floats n = round(t), f = sub(t, n);
-  return scale_by_power(fma(fma(all(0.2402265f), f, all(0.6931472f)), f, all(1.0f)), sub(n, reference));
-}
+// What the bits of a float say, (1 + f) * 2^n, is within 4 % of 2^(n + f) this much higher, and right on average; what is weighed
+// so is an estimate that is off by more.
+constexpr int32_t kGrainsHigher = 15;
 
-// The weights 2^(estimate - reference) of block b, for `Heads` query heads from `head`; their sums, and the largest estimate, in
-// each lane. Runs: head_dim / 64, or 0 where it is not known here.
+// The weights 2^(estimate - reference) of block b, 2^-126 at least, for `Heads` query heads from `head`; their sums, and the
+// largest estimate, in each lane. References are whole powers, which change nothing but these. Runs: head_dim / 64, or 0 where
+// it is not known here.
 template <int Heads, int Runs>
-void weigh_block(const SparseTask& t, int64_t head, int64_t b, const float* references, Floats* pages, Floats* highest) {
+void weigh_block(const SparseTask& t, int64_t head, int64_t b, const float* references, Floats* pages, Ints* highest) {
   constexpr int kTiles = kAtOnce >= 8 ? 2 : 1;  // as many as the registers hold
-  Floats high[Heads], total[Heads], reference[Heads], least[Heads];
+  constexpr int32_t kPower = static_cast<int32_t>(kGrains);
+  Ints high[Heads], base[Heads];
+  Floats total[Heads];
   for (int h = 0; h < Heads; ++h) {
-    high[h] = all(kHidden);
+    high[h] = all(INT32_MIN);
     total[h] = zeros();
-    reference[h] = all(references[h]);
-    least[h] = all(references[h] - 125.0f);
+    base[h] = all((static_cast<int32_t>(references[h]) - 127) * kPower + kGrainsHigher);
   }
   const int64_t bytes = Runs > 0 ? Runs * 256 : 4 * t.head_dim;
   const int64_t fine = Runs > 0 ? Runs * 16 : t.fine, stride = Runs > 0 ? Runs * 48 : t.channels;
@@ -132,9 +136,9 @@ void weigh_block(const SparseTask& t, int64_t head, int64_t b, const float* refe
     for (int h = 0; h < Heads; ++h) {
       float* to = t.weights + (head + h) * t.stride + (b * kPageTokens + j) * kLanes;
       for (int i = 0; i < kTiles; ++i) {
-        const Floats estimate = fma(to_float(acc[i][h]), all(t.factors[head + h]), all(t.constants[head + h]));
-        const Floats weight = rough_power(estimate, reference[h], least[h]);
-        high[h] = max(estimate, high[h]);
+        const Ints estimate = nearest(fma(to_float(acc[i][h]), all(t.factors[head + h]), all(t.constants[head + h])));
+        high[h] = max(high[h], estimate);
+        const Floats weight = power_bits(max(sub(estimate, base[h]), all(kPower)));
         store(to + i * kLanes, weight);
         total[h] = add(total[h], weight);
       }
@@ -163,12 +167,13 @@ void estimate_heads(const SparseTask& t, int64_t head) {
   constexpr float kFar = 32.0f;  // weights are 2^kFar at most, then
   float references[Heads] = {};
   for (int64_t b = t.first_block; b < t.last_block; ++b) {
-    Floats pages[Heads], highest[Heads];
+    Floats pages[Heads];
+    Ints highest[Heads];
     weigh_block<Heads, Runs>(t, head, b, references, pages, highest);
     float next[Heads];
     bool near = true;
     for (int h = 0; h < Heads; ++h) {
-      next[h] = nearbyintf(largest(highest[h]));
+      next[h] = nearbyintf(largest(to_float(highest[h])) / kGrains);
       near &= fabsf(next[h] - references[h]) <= kFar;
     }
     if (!near) {

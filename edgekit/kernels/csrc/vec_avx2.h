@@ -91,7 +91,14 @@ inline __m256 power_of_two(__m256 n) {
 inline Floats scale_by_power(Floats x, Floats n) { return mul(x, {power_of_two(n.lo), power_of_two(n.hi)}); }
 
 inline Ints all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Ints sub(Ints a, Ints b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 inline Floats to_float(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline Ints nearest(Floats a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+// (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
+inline Floats power_bits(Ints a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 15)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 15))};
+}
 inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return to_float(Ints{_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});

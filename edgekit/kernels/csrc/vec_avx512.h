@@ -68,7 +68,12 @@ inline unsigned at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v
 inline Floats scale_by_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 inline Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints sub(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline Floats to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints nearest(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+// (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
+inline Floats power_bits(Ints a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 15))}; }
 inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }

@@ -122,6 +122,23 @@ inline Ints all(int32_t x) {
 inline Floats to_float(Ints a) {
   return {{vcvtq_f32_s32(a.v[0]), vcvtq_f32_s32(a.v[1]), vcvtq_f32_s32(a.v[2]), vcvtq_f32_s32(a.v[3])}};
 }
+inline Ints sub(Ints a, Ints b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vsubq_s32(a.v[i], b.v[i]);
+  return a;
+}
+inline Ints max(Ints a, Ints b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vmaxq_s32(a.v[i], b.v[i]);
+  return a;
+}
+inline Ints nearest(Floats a) {
+  return {{vcvtnq_s32_f32(a.v[0]), vcvtnq_s32_f32(a.v[1]), vcvtnq_s32_f32(a.v[2]), vcvtnq_s32_f32(a.v[3])}};
+}
+// (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
+inline Floats power_bits(Ints a) {
+  Floats y;
+  for (int i = 0; i < 4; ++i) y.v[i] = vreinterpretq_f32_s32(vshlq_n_s32(a.v[i], 15));
+  return y;
+}
 inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
   const uint8x16_t bytes = vld1q_u8(p);
   const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));

@@ -148,6 +148,25 @@ inline Floats to_float(Ints a) {
   for (int i = 0; i < 4; ++i) y.v[i] = __builtin_convertvector(a.v[i], Float4);
   return y;
 }
+inline Ints sub(Ints a, Ints b) {
+  for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+inline Ints max(Ints a, Ints b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline Ints nearest(Floats a) {
+  Ints y;
+  for (int i = 0; i < 16; ++i) y.v[i / 4][i % 4] = static_cast<int32_t>(__builtin_nearbyintf(a.v[i / 4][i % 4]));
+  return y;
+}
+// (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
+inline Floats power_bits(Ints a) {
+  Floats y;
+  for (int i = 0; i < 4; ++i) y.v[i] = bits_as<Float4>(a.v[i] << 15);
+  return y;
+}
 // x * 2^n for whole n from -126 to 127
 inline Floats scale_by_power(Floats x, Floats n) {
   for (int i = 0; i < 4; ++i) x.v[i] *= bits_as<Float4>((__builtin_convertvector(n.v[i], Int4) + 127) << 23);
