@@ -150,13 +150,19 @@ def estimates(q: Floats, codes: Bytes, center: Floats, decoder: Floats) -> NDArr
     return logits
 
 
+def grains(t: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithms t to base 2 as whole numbers of 256ths, 15 lower than they are: see `rough_power`."""
+    whole: NDArray[np.float64] = np.rint(256 * t) - 15
+    return whole
+
+
 def rough_power(t: NDArray[np.float64]) -> NDArray[np.float64]:
     """2^t within 4 %, and right on average; 2^-126 at least.
 
-    t is rounded to 256ths, lowered by 15 of them, and n + f = t becomes (1 + f) 2^n, as the bits of a float do. As the native
-    kernel computes it; an estimate is off by more.
+    n + f = t, in whole `grains`, becomes (1 + f) 2^n, as the bits of a float do. As the native kernel computes it; an
+    estimate is off by more.
     """
-    whole = np.maximum(np.rint(256 * t) - 15, -126 * 256)
+    whole = np.maximum(grains(t), -126 * 256)
     n = np.floor(whole / 256)
     y: NDArray[np.float64] = np.ldexp(1 + whole / 256 - n, n.astype(np.int32))
     return y
@@ -167,7 +173,7 @@ def select(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which positions are attended exactly, and which follow with their own values; (total,) each.
 
-    shares: of each position, the largest of the group's query heads, (total,).
+    shares: of each position, the largest of the group's query heads, or their logarithms, (total,).
     """
     total = len(shares)
     position = np.arange(total)
@@ -217,7 +223,8 @@ def attend(
     weights *= np.exp(reference / _LOG2E - top)
     near = np.exp(scores - top)
     whole = np.where(forced, near, weights).sum(-1, keepdims=True)
-    exact, following = select((weights / whole).max(0), budget=budget, sinks=sinks, recent=recent, followers=followers)
+    shares = grains(t) - np.rint(256 * (_LOG2E * top + np.log2(whole)))
+    exact, following = select(shares.max(0), budget=budget, sinks=sinks, recent=recent, followers=followers)
     near, far = np.where(exact, near, 0), np.where(exact, 0, weights)
     pages = np.zeros((len(q), len(means[0]) * PAGE))
     pages[:, :total] = np.where(following, 0, far)

@@ -520,7 +520,8 @@ void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, in
   const int64_t fine = d / 64 * kLanes, channels = d - fine, stride = blocks * kBlockTokens;
   Buffer<uint8_t> codes(blocks * kPageTokens * 4 * d), means(blocks * mean_bytes(d));
   Buffer<int8_t> q(heads * channels);
-  Buffer<float> factors(heads), constants(heads), weights(heads * stride), page_weights(heads * blocks * kLanes);
+  Buffer<float> factors(heads), constants(heads), page_weights(heads * blocks * kLanes);
+  Buffer<uint16_t> logs(heads * stride), lowered(heads * blocks);
   Buffer<float> references(heads * blocks), sums(heads * blocks), gains(heads * blocks), totals(heads), out(heads * d);
   for (uint8_t& code : codes) code = random.bits();
   for (int8_t& code : q) code = static_cast<int8_t>(random.below(255) - 127);
@@ -538,15 +539,15 @@ void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, in
   t.codes = codes.data(), t.means = means.data();
   t.heads = heads, t.head_dim = d, t.channels = channels, t.fine = fine;
   t.last_block = t.blocks = blocks, t.sinks = sinks, t.recent = recent, t.stride = stride;
-  t.weights = weights.data(), t.page_weights = page_weights.data(), t.references = references.data(), t.sums = sums.data();
+  t.logs = logs.data(), t.lowered = lowered.data(), t.page_weights = page_weights.data(), t.references = references.data(), t.sums = sums.data();
   t.gains = gains.data(), t.totals = totals.data(), t.out = out.data();
   path.estimate(t);
   const auto position = [](int64_t place) {
     return place / kBlockTokens * kBlockTokens + place % kLanes * kPageTokens + place % kBlockTokens / kLanes;
   };
   for (int64_t h = 0; h < heads; ++h) {
-    const float most = *std::max_element(references.data() + h * blocks, references.data() + (h + 1) * blocks);
-    const float whole = path.find_gains(references.data() + h * blocks, sums.data() + h * blocks, blocks, most, 1.0f, gains.data() + h * blocks);
+    float most;
+    const float whole = path.add_blocks(references.data() + h * blocks, sums.data() + h * blocks, blocks, &most);
     double expected = 0;
     for (int64_t place = 0; place < stride; ++place) {
       const int64_t p = position(place), b = place / kBlockTokens, lane = place % kLanes, j = place % kBlockTokens / kLanes;
@@ -562,7 +563,7 @@ void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, in
       // In 256ths of a power of two; the bits of a float are near a power 15 higher.
       const double whole = std::nearbyint(estimate) - 15 - 256.0 * references[h * blocks + b], power = std::floor(whole / 256);
       const double weight = candidate ? std::ldexp(1 + whole / 256 - power, static_cast<int>(power)) : 0.0;
-      const double off = std::abs(weights[h * stride + place] - weight);
+      const double off = std::abs(weight_of(logs[h * stride + stored(place)]) - weight);
       // Floats may round it the other way.
       const bool between = std::abs(std::abs(estimate - std::nearbyint(estimate)) - 0.5) < 1e-3;
       found.expect(off <= (between ? 4e-3 : 0.0) * weight, "sparse: an estimate");
@@ -570,12 +571,16 @@ void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, in
       expected += candidate ? std::exp2(estimate / 256 - most) : 0.0;
     }
     found.expect(std::abs(whole - expected) <= 0.045 * expected, "sparse: the whole");
-    for (int64_t b = 0; b < blocks; ++b) gains[h * blocks + b] /= whole;
+    const float log = most + std::log2(whole);
+    path.find_gains(references.data() + h * blocks, blocks, log, gains.data() + h * blocks, lowered.data() + h * blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const double gain = std::exp2(references[h * blocks + b] - static_cast<double>(log));
+      found.expect(std::abs(gains[h * blocks + b] - gain) <= 1e-5 * gain + 1e-35, "sparse: a gain");
+    }
   }
   for (const int64_t exact : {int64_t{0}, int64_t{7}, int64_t{100}}) {
     const int64_t following = 2 * exact + 16;
-    Buffer<float> shares(stride + kLanes), share(stride);
-    Buffer<int32_t> places(stride + kLanes), chosen(exact + kLanes), next(following + kLanes);
+    Buffer<int32_t> shares(stride + kLanes), share(stride), places(stride + kLanes), chosen(exact + kLanes), next(following + kLanes);
     int64_t exact_found = 0, following_found = 0;
     SparseChoice c{};
     c.exact_count = exact, c.following_count = following;
@@ -583,12 +588,12 @@ void check_sparse(const Path& path, int64_t d, int64_t heads, int64_t blocks, in
     c.exact_found = &exact_found, c.following_found = &following_found;
     path.select(t, c);
     for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t i = 0; i < stride; ++i) share[i] = std::max(share[i], weights[h * stride + i] * gains[h * blocks + i / kBlockTokens]);
+      for (int64_t i = 0; i < stride; ++i) share[i] = std::max(share[i], int32_t{logs[h * stride + stored(i)]} - lowered[h * blocks + i / kBlockTokens]);
     }
     std::vector<int32_t> order(stride);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return share[a] > share[b]; });
-    order.resize(std::min<int64_t>(exact + following, std::count_if(share.begin(), share.end(), [](float x) { return x > 1e-30f; })));
+    order.resize(std::min<int64_t>(exact + following, std::count_if(share.begin(), share.end(), [](int32_t x) { return x > 0; })));
     std::vector<int32_t> first(order.begin(), order.begin() + std::min<int64_t>(exact, order.size())), rest(order.begin() + first.size(), order.end());
     std::sort(first.begin(), first.end());
     std::sort(rest.begin(), rest.end());

@@ -25,12 +25,12 @@ inline uint64_t some_bits(const uint8_t* p, int64_t bytes) {
   return word;
 }
 
-// Weights of the task's blocks that fall as distances grow, from 1 to above 0, and no weight for what is no candidate.
+// Logarithms of the task's blocks that fall as distances grow, to 1, and none for what is no candidate.
 void distances(const SparseTask& t) {
   const int64_t bytes = t.head_dim / 8, most = 3 * t.head_dim + 1;
   for (int64_t h = 0; h < t.heads; ++h) {
     const auto* query = reinterpret_cast<const uint8_t*>(t.q_codes) + h * 2 * bytes;
-    float* row = t.weights + h * t.stride;
+    uint16_t* row = t.logs + h * t.stride;
     for (int64_t b = t.first_block; b < t.last_block; ++b) {
       for (int64_t p = b * kBlockTokens; p < (b + 1) * kBlockTokens; ++p) {
         const uint8_t* key = t.codes + p * 2 * bytes;
@@ -41,7 +41,7 @@ void distances(const SparseTask& t) {
           distance += __builtin_popcountll((high | low) ^ (key_high | key_low)) + __builtin_popcountll(high ^ key_high) +
                       __builtin_popcountll((high & low) ^ (key_high & key_low));
         }
-        row[place(p)] = static_cast<float>(most - distance) / static_cast<float>(most);
+        row[stored(place(p))] = static_cast<uint16_t>(most - distance);
       }
       hide(t, b, row);
     }

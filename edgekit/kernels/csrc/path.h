@@ -179,8 +179,25 @@ struct KeyCoder {
   int64_t fine;          // of those, with four bits; the others have two
 };
 
+// Logarithms of weights are whole numbers of kGrains to a power of two. That of 2^n (1 + f) is kGrains * (n + 127 + f), which
+// are bits of a float; 0 stands for no weight.
+constexpr int32_t kGrains = 256;
+constexpr int kLogShift = 15;       // from such a logarithm to the bits of a float
+constexpr int32_t kLeastShare = -63;  // powers of two: shares that are smaller count as none
+
+// Where a place stands among the logarithms: sixteen of the next tile lie between those of a tile, so that 32 bits hold two.
+[[gnu::always_inline]] inline int64_t stored(int64_t place) {
+  return place / (2 * kLanes) * (2 * kLanes) + place % kLanes * 2 + place / kLanes % 2;
+}
+[[gnu::always_inline]] inline float weight_of(uint16_t log) {
+  const uint32_t bits = uint32_t{log} << kLogShift;
+  float weight;
+  __builtin_memcpy(&weight, &bits, sizeof weight);
+  return weight;
+}
+
 // Hadamard sparse attention over the query heads of one key-value head, for the blocks first_block..last_block of the
-// cache. `estimate` fills weights, references and sums. When the gains of all blocks are known, weight * gain being a
+// cache. `estimate` fills logs, references and sums. When the gains of all blocks are known, weight * gain being a
 // position's share of the whole, `select` chooses what is attended otherwise, and `weigh` sums up what is left in the pages.
 struct SparseTask {
   const int8_t* q_codes;    // [heads][channels]
@@ -197,22 +214,23 @@ struct SparseTask {
   int64_t blocks;           // in all
   int64_t sinks;            // positions below are no candidates
   int64_t recent;           // nor are those from here on
-  int64_t stride;           // floats of a head's weights
-  float* weights;           // [heads][stride]
+  int64_t stride;           // positions of all blocks
+  uint16_t* logs;           // [heads][stride]: of weights, as `stored` says
   float* page_weights;      // [heads][blocks][16]: the sums of each page's weights
   float* references;        // [heads][blocks]
   float* sums;              // [heads][blocks]
   const float* gains;       // [heads][blocks]
+  const uint16_t* lowered;  // [heads][blocks]: a log less this is a share's, above kLeastShare
   float* totals;            // [heads]
   float* out;               // [heads][head_dim]
 };
 
-// What `select` is to choose, and where it leaves it. A place is where a position stands among the weights. Up to 16 more
+// What `select` is to choose, and where it leaves it. A place is where a position stands in the order of tiles. Up to 16 more
 // places may be written than are found.
 struct SparseChoice {
   int64_t exact_count;
   int64_t following_count;
-  float* shares;           // [stride + 16], to work in
+  int32_t* shares;         // [stride + 16]: logarithms, to work in
   int32_t* places;         // [stride + 16], to work in
   int32_t* exact;          // [exact_count + 16]
   int32_t* following;      // [following_count + 16]
@@ -243,7 +261,10 @@ struct Path {
   void (*encode_query)(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
                        float* constant);
   void (*estimate)(const SparseTask& task);
-  float (*find_gains)(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains);
+  // The sum of the blocks' sums, each times 2^(reference - most); `most` becomes the largest reference.
+  float (*add_blocks)(const float* references, const float* sums, int64_t blocks, float* most);
+  // What makes weights shares of a whole, whose logarithm to base 2 is `whole`.
+  void (*find_gains)(const float* references, int64_t blocks, float whole, float* gains, uint16_t* lowered);
   void (*select)(const SparseTask& task, const SparseChoice& choice);
   void (*weigh)(const SparseTask& task);
   // The mean of `count` rows, as page `page` of a block's means; and out[h] += sum_i weights[h][i] * rows[at[i]], with

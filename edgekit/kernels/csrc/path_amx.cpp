@@ -19,8 +19,8 @@
 
 namespace edgekit {
 constexpr Path kPath{"amx", 0, kAbreast, quantize_rows, multiply<MatrixRows>, matrix_row, floats_to_half, attend_squares, decode,
-                     encode, encode_query, estimate, find_gains, select, weigh, mean, gather, round_row, hadamard, planes, distances,
-                     near_peak};
+                     encode, encode_query, estimate, add_blocks, find_gains, select, weigh, mean, gather, round_row, hadamard,
+                     planes, distances, near_peak};
 extern const Path* const kAmx = &kPath;
 }  // namespace edgekit
 

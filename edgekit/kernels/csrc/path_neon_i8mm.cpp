@@ -16,8 +16,8 @@
 
 namespace edgekit {
 constexpr Path kPath{"neon_i8mm", 1, kAbreast, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, find_gains, select, weigh, mean, gather, round_row, hadamard, planes, distances,
-                     near_peak};
+                     encode, encode_query, estimate, add_blocks, find_gains, select, weigh, mean, gather, round_row, hadamard,
+                     planes, distances, near_peak};
 extern const Path* const kNeonI8mm = &kPath;
 }  // namespace edgekit
 

@@ -13,7 +13,7 @@
 
 namespace edgekit {
 constexpr Path kPath{"portable", 1, kAbreast, quantize, multiply<VectorRows>, matrix_row, floats_to_half, attend, decode,
-                     encode, encode_query, estimate, find_gains, select, weigh, mean, gather, round_row, hadamard, planes, distances,
-                     near_peak};
+                     encode, encode_query, estimate, add_blocks, find_gains, select, weigh, mean, gather, round_row, hadamard,
+                     planes, distances, near_peak};
 extern const Path* const kPortable = &kPath;
 }  // namespace edgekit

@@ -64,7 +64,7 @@ inline int64_t choose_blocks(const SparseShape& s, const float* q, int64_t strid
   t.references = blockwise;
   t.sums = blockwise + heads * t.blocks;
   t.page_weights = blockwise + 2 * heads * t.blocks;
-  t.weights = scratch<float, Use::kDistances>(heads * t.stride);
+  t.logs = scratch<uint16_t, Use::kDistances>(heads * t.stride);
   std::fill(shares, shares + near, 0.0f);
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
   for (int64_t token = std::min(kAskEvery, tokens) - 1; token < tokens; token += kAskEvery) {

@@ -62,7 +62,8 @@ class Selection {
     const auto heads = static_cast<size_t>(s_.kv_heads * s_.group), units = static_cast<size_t>(s_.units());
     codes_ = scratch<int8_t, Use::kCodes>(heads * s_.channels);
     factors_ = scratch<float, Use::kScales>(2 * heads);
-    weights_ = scratch<float, Use::kScores>(heads * stride());
+    logs_ = scratch<uint16_t, Use::kScores>(heads * stride());
+    lowered_ = scratch<uint16_t, Use::kSums>(heads * blocks_);
     blockwise_ = scratch<float, Use::kSums>((3 + kLanes) * heads * blocks_);
     whole_ = scratch<float, Use::kWholes>(heads);
     places_ = scratch<int32_t, Use::kPlaces>(units * (exact_ + following_ + 2 * kLanes));
@@ -103,7 +104,7 @@ class Selection {
     exactly(unit, keys_from(unit, 0), values_from(unit, 0), sinks_, sink_part(unit));
     exactly(unit, keys_from(unit, recent_), values_from(unit, recent_), total_ - recent_, sink_part(unit) + part_size());
     if (s_.adamas) {
-      std::fill(const_cast<float*>(t.gains), const_cast<float*>(t.gains) + t.heads * blocks_, 1.0f);
+      std::fill(lowered_ + unit * t.heads * blocks_, lowered_ + (unit + 1) * t.heads * blocks_, uint16_t{0});
       std::fill(whole_ + unit * t.heads, whole_ + (unit + 1) * t.heads, kNone);
     } else {
       find_wholes(t, unit);
@@ -111,7 +112,7 @@ class Selection {
     SparseChoice c{};
     c.exact_count = exact_;
     c.following_count = s_.followers;
-    c.shares = scratch<float, Use::kDistances>(static_cast<size_t>(stride() + kLanes));
+    c.shares = scratch<int32_t, Use::kDistances>(static_cast<size_t>(stride() + kLanes));
     c.places = scratch<int32_t, Use::kNear>(static_cast<size_t>(stride() + kLanes));
     c.exact = exact_places(unit);
     c.following = following_places(unit);
@@ -190,7 +191,8 @@ class Selection {
     t.sinks = sinks_;
     t.recent = recent_;
     t.stride = stride();
-    t.weights = weights_ + first * stride();
+    t.logs = logs_ + first * stride();
+    t.lowered = lowered_ + first * blocks_;
     t.references = blockwise_ + first * blocks_;
     t.sums = t.references + heads * blocks_;
     t.gains = t.sums + heads * blocks_;
@@ -202,15 +204,15 @@ class Selection {
   void find_wholes(const SparseTask& t, int64_t unit) const {
     const float *sinks = sink_part(unit) + t.heads * t.head_dim, *recent = sinks + part_size();
     for (int64_t h = 0; h < t.heads; ++h) {
-      const float *references = t.references + h * blocks_, *sums = t.sums + h * blocks_;
-      const float most = *std::max_element(references, references + blocks_);
+      const float* references = t.references + h * blocks_;
+      float most;
+      const float tail = path().add_blocks(references, t.sums + h * blocks_, blocks_, &most);
       const float top = std::max({read(sinks + h), read(recent + h), most / kLog2E});
-      float whole = 0.0f;
+      float whole = tail * std::exp(most / kLog2E - top);
       for (const float* part : {sinks, recent}) whole += std::exp(part[h] - top) * part[t.heads + h];
-      float* gains = const_cast<float*>(t.gains) + h * blocks_;
-      whole += path().find_gains(references, sums, blocks_, most, std::exp(most / kLog2E - top), gains);
-      for (int64_t b = 0; b < blocks_; ++b) gains[b] /= whole;
       whole_[unit * t.heads + h] = top + std::log(whole);
+      path().find_gains(references, blocks_, whole_[unit * t.heads + h] * kLog2E, const_cast<float*>(t.gains) + h * blocks_,
+                        lowered_ + (unit * t.heads + h) * blocks_);
     }
   }
 
@@ -252,7 +254,7 @@ class Selection {
       positions[i] = position(at);
       rows.fetch(positions[i], s_.head_dim);
       for (int64_t h = 0; h < heads; ++h) {
-        const float weight = t.weights[h * t.stride + at];
+        const float weight = weight_of(t.logs[h * t.stride + stored(at)]);
         float& page = t.page_weights[(h * t.blocks + block) * kLanes + at % kLanes];
         page = std::max(0.0f, page - weight);
         if (shares) shares[h * following_ + i] = weight * t.gains[h * t.blocks + block];
@@ -289,7 +291,8 @@ class Selection {
   int64_t exact_, following_;
   float scale_;
   int8_t* codes_;
-  float *factors_, *weights_, *blockwise_, *whole_, *kept_, *parts_;
+  float *factors_, *blockwise_, *whole_, *kept_, *parts_;
+  uint16_t *logs_, *lowered_;
   int32_t* places_;  // [units][exact and following, 16 more of each]
   int64_t* found_;   // [units][2]
 };

@@ -48,11 +48,9 @@ void encode(const KeyCoder& coder, float* key, int64_t position, float* spread, 
   }
 }
 
-// Estimates are whole numbers of 256ths of a power of two, and not beyond what an integer holds.
-constexpr float kGrains = 256.0f;
-constexpr float kMostGrains = 1e9f;
+constexpr float kMostGrains = 1e9f;  // so that integers hold estimates and their differences
 
-// The query as integers: estimates are factor * (sum of code * integer) + constant.
+// The query as integers: estimates are factor * (sum of code * integer) + constant, in grains.
 void encode_query(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
                   float* constant) {
   float shift = 0.0f, peak = 0.0f;
@@ -66,9 +64,9 @@ void encode_query(const KeyCoder& coder, const float* q, float scale, float* spr
     codes[c] = static_cast<int8_t>(whole > 127.0f ? 127.0f : whole >= -127.0f ? whole : -127.0f);
     zero += codes[c] * (c < coder.fine ? 15 : 3);
   }
-  const float most = kMostGrains / static_cast<float>(127 * 15 * coder.channels), unbound = peak / 127.0f * scale * kLog2E * kGrains;
+  const float most = kMostGrains / static_cast<float>(127 * 15 * coder.channels), unbound = peak / 127.0f * scale * kLog2E * static_cast<float>(kGrains);
   *factor = unbound < most ? unbound : most;
-  const float middle = shift * scale * kLog2E * kGrains - 0.5f * static_cast<float>(zero) * *factor;
+  const float middle = shift * scale * kLog2E * static_cast<float>(kGrains) - 0.5f * static_cast<float>(zero) * *factor;
   *constant = !(middle > -kMostGrains) ? -kMostGrains : middle < kMostGrains ? middle : kMostGrains;
 }
 
@@ -94,69 +92,73 @@ template <int Heads, int Tiles, class Part>
 // so is an estimate that is off by more.
 constexpr int32_t kGrainsHigher = 15;
 
-// The weights 2^(estimate - reference) of block b, 2^-126 at least, for `Heads` query heads from `head`; their sums, and the
-// largest estimate, in each lane. References are whole powers, which change nothing but these. Runs: head_dim / 64, or 0 where
-// it is not known here.
+// Logarithms of the weights 2^(estimate - reference) of block b, 2^-126 at least, for `Heads` query heads from `head`; sums of
+// the weights, and the largest estimate, in each lane. References are whole powers, which change nothing but these. Runs:
+// head_dim / 64, or 0 where it is not known here.
 template <int Heads, int Runs>
 void weigh_block(const SparseTask& t, int64_t head, int64_t b, const float* references, Floats* pages, Ints* highest) {
   constexpr int kTiles = kAtOnce >= 8 ? 2 : 1;  // as many as the registers hold
-  constexpr int32_t kPower = static_cast<int32_t>(kGrains);
   Ints high[Heads], base[Heads];
   Floats total[Heads];
   for (int h = 0; h < Heads; ++h) {
     high[h] = all(INT32_MIN);
     total[h] = zeros();
-    base[h] = all((static_cast<int32_t>(references[h]) - 127) * kPower + kGrainsHigher);
+    base[h] = all((static_cast<int32_t>(references[h]) - 127) * kGrains + kGrainsHigher);
   }
   const int64_t bytes = Runs > 0 ? Runs * 256 : 4 * t.head_dim;
   const int64_t fine = Runs > 0 ? Runs * 16 : t.fine, stride = Runs > 0 ? Runs * 48 : t.channels;
   const uint8_t* tile = t.codes + b * kPageTokens * bytes;
-  for (int64_t j = 0; j < kPageTokens; j += kTiles, tile += kTiles * bytes) {
-    for (int64_t ahead = 0; ahead < kTiles * bytes; ahead += 64) prefetch(tile + kAhead + ahead);
-    Ints acc[kTiles][Heads];
-    for (int i = 0; i < kTiles; ++i) {
-      for (int h = 0; h < Heads; ++h) acc[i][h] = all(int32_t{0});
-    }
-    const uint8_t* line = tile;
-    const int8_t *q = t.q_codes + head * stride, *fine_end = q + fine, *end = q + stride;
-#pragma GCC unroll 2
-    for (; q < fine_end; q += 16, line += 128) {
-      add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
-        const Bytes low = load_bytes(line + i * bytes), high = load_bytes(line + i * bytes + 64);
-        codes[0] = field<0, 15>(low), codes[1] = field<4, 15>(low), codes[2] = field<0, 15>(high), codes[3] = field<4, 15>(high);
-      });
-    }
-#pragma GCC unroll 2
-    for (; q < end; q += 16, line += 64) {
-      add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
-        const Bytes all4 = load_bytes(line + i * bytes);
-        codes[0] = quarter<0>(all4), codes[1] = quarter<1>(all4), codes[2] = quarter<2>(all4), codes[3] = quarter<3>(all4);
-      });
+  for (int64_t j = 0; j < kPageTokens; j += 2) {
+    Ints logs[2][Heads];
+    for (int from = 0; from < 2; from += kTiles, tile += kTiles * bytes) {
+      for (int64_t ahead = 0; ahead < kTiles * bytes; ahead += 64) prefetch(tile + kAhead + ahead);
+      Ints acc[kTiles][Heads];
+      for (int i = 0; i < kTiles; ++i) {
+        for (int h = 0; h < Heads; ++h) acc[i][h] = all(int32_t{0});
+      }
+      const uint8_t* line = tile;
+      const int8_t *q = t.q_codes + head * stride, *fine_end = q + fine, *end = q + stride;
+      for (; q < fine_end; q += 16, line += 128) {
+        add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
+          const Bytes low = load_bytes(line + i * bytes), high = load_bytes(line + i * bytes + 64);
+          codes[0] = field<0, 15>(low), codes[1] = field<4, 15>(low), codes[2] = field<0, 15>(high), codes[3] = field<4, 15>(high);
+        });
+      }
+      for (; q < end; q += 16, line += 64) {
+        add_runs<Heads, kTiles>(acc, q, stride, [&](int i, Bytes (&codes)[4]) {
+          const Bytes all4 = load_bytes(line + i * bytes);
+          codes[0] = quarter<0>(all4), codes[1] = quarter<1>(all4), codes[2] = quarter<2>(all4), codes[3] = quarter<3>(all4);
+        });
+      }
+      for (int h = 0; h < Heads; ++h) {
+        for (int i = 0; i < kTiles; ++i) {
+          const Ints estimate = nearest(fma(to_float(acc[i][h]), all(t.factors[head + h]), all(t.constants[head + h])));
+          high[h] = max(high[h], estimate);
+          logs[from + i][h] = max(sub(estimate, base[h]), all(kGrains));
+          total[h] = add(total[h], power_bits(logs[from + i][h]));
+        }
+      }
     }
     for (int h = 0; h < Heads; ++h) {
-      float* to = t.weights + (head + h) * t.stride + (b * kPageTokens + j) * kLanes;
-      for (int i = 0; i < kTiles; ++i) {
-        const Ints estimate = nearest(fma(to_float(acc[i][h]), all(t.factors[head + h]), all(t.constants[head + h])));
-        high[h] = max(high[h], estimate);
-        const Floats weight = power_bits(max(sub(estimate, base[h]), all(kPower)));
-        store(to + i * kLanes, weight);
-        total[h] = add(total[h], weight);
-      }
+      store_halves(t.logs + (head + h) * t.stride + (b * kPageTokens + j) * kLanes, logs[0][h], logs[1][h]);
     }
   }
   for (int h = 0; h < Heads; ++h) highest[h] = high[h], pages[h] = total[h];
 }
 
-// What is attended exactly anyway, and what lies ahead, is no candidate: its weights are none.
-[[gnu::noinline]] void hide(const SparseTask& t, int64_t b, float* row) {
+// What is attended exactly anyway, and what lies ahead, is no candidate and has no weight.
+[[gnu::noinline]] void hide(const SparseTask& t, int64_t b, uint16_t* row) {
   const int64_t from = b * kBlockTokens, to = from + kBlockTokens;
-  for (int64_t p = from; p < t.sinks && p < to; ++p) row[place(p)] = 0.0f;
-  for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[place(p)] = 0.0f;
+  for (int64_t p = from; p < t.sinks && p < to; ++p) row[stored(place(p))] = 0;
+  for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[stored(place(p))] = 0;
 }
 
-Floats sum_of_pages(const float* block) {
-  Floats pages = load(block);
-  for (int64_t i = 1; i < kPageTokens; ++i) pages = add(pages, load(block + i * kLanes));
+Floats sum_of_pages(const uint16_t* block) {
+  Floats pages = zeros();
+  for (int64_t i = 0; i < kBlockTokens; i += 2 * kLanes) {
+    const Ints two = load_halves(block + i);
+    pages = add(pages, add(power_bits(low_half(two)), power_bits(high_half(two))));
+  }
   return pages;
 }
 
@@ -173,7 +175,7 @@ void estimate_heads(const SparseTask& t, int64_t head) {
     float next[Heads];
     bool near = true;
     for (int h = 0; h < Heads; ++h) {
-      next[h] = nearbyintf(largest(to_float(highest[h])) / kGrains);
+      next[h] = nearbyintf(largest(to_float(highest[h])) / static_cast<float>(kGrains));
       near &= fabsf(next[h] - references[h]) <= kFar;
     }
     if (!near) {
@@ -184,7 +186,7 @@ void estimate_heads(const SparseTask& t, int64_t head) {
     for (int h = 0; h < Heads; ++h) {
       const int64_t at = (head + h) * t.blocks + b;
       if (hides) {
-        float* row = t.weights + (head + h) * t.stride;
+        uint16_t* row = t.logs + (head + h) * t.stride;
         hide(t, b, row);
         pages[h] = sum_of_pages(row + b * kBlockTokens);
       }
@@ -197,40 +199,24 @@ void estimate_heads(const SparseTask& t, int64_t head) {
 }
 
 void estimate(const SparseTask& t) {
+  constexpr int kUsual = kAtOnce >= 8 ? 1 : 0;  // unrolled where registers hold it
   int64_t h = 0;
-  for (; h + 3 <= t.heads; h += 3) {
-    if (t.head_dim == 64) {
-      estimate_heads<3, 1>(t, h);
-    } else {
-      estimate_heads<3, 0>(t, h);
-    }
-  }
+  for (; h + 3 <= t.heads; h += 3) t.head_dim == 64 ? estimate_heads<3, kUsual>(t, h) : estimate_heads<3, 0>(t, h);
   for (; h < t.heads; ++h) estimate_heads<1, 0>(t, h);
 }
 
 // How many of `count` numbers, a multiple of 16, are at least `limit`.
-int64_t above(const float* x, int64_t count, float limit) {
-  const Floats least = all(limit);
+int64_t above(const int32_t* x, int64_t count, int32_t limit) {
+  const Ints least = all(limit);
   int64_t found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) found += __builtin_popcount(at_most(least, load(x + i)));
-  return found;
-}
-
-// How many are above it.
-int64_t beyond(const float* x, int64_t count, float limit) {
-  const Floats most = all(limit);
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Floats v = load(x + i);
-    found += __builtin_popcount(at_most(most, v) & ~at_most(v, most));
-  }
+  for (int64_t i = 0; i < count; i += kLanes) found += __builtin_popcount(at_least(load(x + i), least));
   return found;
 }
 
 // The lanes above a limit, and the first `equal` of those at it, of which so many fewer are left.
-inline unsigned reaching(Floats x, float limit, int64_t* equal) {
-  const unsigned reached = at_most(all(limit), x), above = reached & ~at_most(x, all(limit));
-  unsigned level = reached & ~above;
+inline unsigned reaching(Ints x, int32_t limit, int64_t* equal) {
+  const unsigned above = at_least(x, all(limit + 1));
+  unsigned level = at_least(x, all(limit)) & ~above;
   int64_t extra = __builtin_popcount(level) - *equal;
   *equal -= __builtin_popcount(level);
   if (extra > 0) {
@@ -240,77 +226,83 @@ inline unsigned reaching(Floats x, float limit, int64_t* equal) {
   return above | level;
 }
 
-constexpr float kSmallest = 1e-37f;  // a share that is smaller counts as none
-
-// A limit that at least `least` of the shares reach, or the smallest; and no more than `most` unless equal ones forbid it.
-// Positive floats are in the order of their bits, which are halved until few enough reach it.
-float limit_of(const float* x, int64_t count, int64_t least, int64_t most) {
-  const auto bits = [](float value) {
-    int32_t i;
-    std::memcpy(&i, &value, sizeof i);
-    return i;
-  };
-  int32_t limit = bits(kSmallest), beyond = bits(4.0f);
-  float value = kSmallest;
-  for (const float guess : {1e-2f, 1e-3f, 1e-4f, 1e-6f}) {  // most often it lies between
-    if (above(x, count, guess) >= least) {
-      value = guess;
-      limit = bits(guess);
-      break;
-    }
-    beyond = bits(guess);
-  }
+// A limit that at least `least` of the shares reach, or 1, which all do that are any; and no more than `most` unless equal ones
+// forbid it.
+int32_t limit_of(const int32_t* x, int64_t count, int64_t least, int64_t most) {
+  int32_t limit = 1, beyond = 1 << 16;
   while (beyond - limit > 1) {
-    const int32_t middle = limit + (beyond - limit) / 2;
-    float guess;
-    std::memcpy(&guess, &middle, sizeof guess);
-    const int64_t found = above(x, count, guess);
+    const int32_t middle = (limit + beyond) / 2;
+    const int64_t found = above(x, count, middle);
     if (found < least) {
       beyond = middle;
       continue;
     }
     limit = middle;
-    value = guess;
     if (found <= most) break;
   }
-  return value;
+  return limit;
 }
 
-// gains[b] = factor * 2^(references[b] - most), and the sum of the blocks' sums times these. Only a power of two differs, so
-// that equal estimates keep equal shares.
-float find_gains(const float* references, const float* sums, int64_t blocks, float most, float factor, float* gains) {
+// work(b, some) for every sixteenth b, with so many numbers to come: sixteen, or what is left.
+template <class Work>
+void each_lanes(int64_t count, const Work& work) {
+  for (int64_t b = 0; b < count; b += kLanes) work(b, static_cast<size_t>(kLanes < count - b ? kLanes : count - b));
+}
+
+float add_blocks(const float* references, const float* sums, int64_t blocks, float* most) {
+  float top = references[0];
+  for (int64_t b = 1; b < blocks; ++b) top = references[b] > top ? references[b] : top;
+  *most = top;
   Floats whole = zeros();
-  for (int64_t b = 0; b < blocks; b += kLanes) {
-    const auto count = static_cast<size_t>(kLanes < blocks - b ? kLanes : blocks - b) * sizeof(float);
+  each_lanes(blocks, [&](int64_t b, size_t some) {
     float reference[kLanes] = {}, sum_of[kLanes] = {};
-    std::memcpy(reference, references + b, count);
-    std::memcpy(sum_of, sums + b, count);
-    const Floats gain = scale_by_power(all(factor), max(sub(load(reference), all(most)), all(-125.0f)));
+    std::memcpy(reference, references + b, some * sizeof(float));
+    std::memcpy(sum_of, sums + b, some * sizeof(float));
+    const Floats gain = scale_by_power(all(1.0f), max(sub(load(reference), all(top)), all(-125.0f)));
     whole = fma(gain, load(sum_of), whole);
-    store(reference, gain);
-    std::memcpy(gains + b, reference, count);
-  }
+  });
   return sum(whole);
 }
 
-// The largest share that sixteen positions have in any head.
-inline Floats largest_share(const SparseTask& t, int64_t b, int64_t at) {
-  Floats share = mul(load(t.weights + at), all(t.gains[b]));
-  for (int64_t h = 1; h < t.heads; ++h) share = max(mul(load(t.weights + h * t.stride + at), all(t.gains[h * t.blocks + b])), share);
+// Only a power of two differs between blocks, so that equal estimates keep equal shares.
+void find_gains(const float* references, int64_t blocks, float whole, float* gains, uint16_t* lowered) {
+  const float power = nearbyintf(whole), rest = exp2f(power - whole), grains = static_cast<float>(kGrains);
+  const float lowest = nearbyintf(whole * grains) + (127 + kLeastShare) * grains;
+  each_lanes(blocks, [&](int64_t b, size_t some) {
+    float numbers[kLanes] = {};
+    std::memcpy(numbers, references + b, some * sizeof(float));
+    const Floats reference = load(numbers);
+    store(numbers, scale_by_power(all(rest), min(max(sub(reference, all(power)), all(-125.0f)), all(126.0f))));
+    std::memcpy(gains + b, numbers, some * sizeof(float));
+    int32_t less[kLanes];
+    store(less, nearest(min(max(fma(reference, all(-grains), all(lowest)), zeros()), all(65535.0f))));
+    for (size_t i = 0; i < some; ++i) lowered[b + static_cast<int64_t>(i)] = static_cast<uint16_t>(less[i]);
+  });
+}
+
+// The largest share that the positions of two tiles have in any head, from the tile at place `at` on.
+inline Ints largest_shares(const SparseTask& t, int64_t b, int64_t at) {
+  Ints share = lower_halves(load_halves(t.logs + at), t.lowered[b]);
+  for (int64_t h = 1; h < t.heads; ++h) {
+    share = max_halves(share, lower_halves(load_halves(t.logs + h * t.stride + at), t.lowered[h * t.blocks + b]));
+  }
   return share;
 }
 
 // Positions whose share reaches a limit, in the order of their places; returns their number.
-int64_t find_near(const SparseTask& t, const SparseChoice& c, float limit) {
+int64_t find_near(const SparseTask& t, const SparseChoice& c, int32_t limit) {
   int64_t near = 0;
   for (int64_t b = 0; b < t.blocks; ++b) {
-    for (int64_t at = b * kBlockTokens; at < (b + 1) * kBlockTokens; at += kLanes) {
-      const Floats share = largest_share(t, b, at);
-      const unsigned lanes = at_most(all(limit), share);
-      if (lanes == 0) continue;
-      pick(lanes, share, c.shares + near);
-      pick_places(lanes, static_cast<int32_t>(at), c.places + near);
-      near += __builtin_popcount(lanes);
+    for (int64_t at = b * kBlockTokens; at < (b + 1) * kBlockTokens; at += 2 * kLanes) {
+      const Ints both = largest_shares(t, b, at), low = low_half(both), high = high_half(both);
+      const unsigned first = at_least(low, all(limit)), second = at_least(high, all(limit));
+      if ((first | second) == 0) continue;
+      pick(first, low, c.shares + near);
+      pick_places(first, static_cast<int32_t>(at), c.places + near);
+      near += __builtin_popcount(first);
+      pick(second, high, c.shares + near);
+      pick_places(second, static_cast<int32_t>(at + kLanes), c.places + near);
+      near += __builtin_popcount(second);
     }
   }
   return near;
@@ -326,26 +318,31 @@ void select(const SparseTask& t, const SparseChoice& c) {
   const int64_t step = count / 16 >= 4 * both ? 16 : count / 4 >= 4 * both ? 4 : 1;
   int64_t sampled = 0;
   for (int64_t b = 0; b < t.blocks; ++b) {
-    for (int64_t j = 0; j < kPageTokens; j += step, sampled += kLanes) {
-      store(c.shares + sampled, largest_share(t, b, (b * kPageTokens + j) * kLanes));
+    for (int64_t j = 0; j < kPageTokens; j += step > 1 ? step : 2) {
+      const Ints two = largest_shares(t, b, (b * kPageTokens + j) * kLanes);
+      store(c.shares + sampled, low_half(two));
+      sampled += kLanes;
+      if (step > 1) continue;
+      store(c.shares + sampled, high_half(two));
+      sampled += kLanes;
     }
   }
   const int64_t wanted = step == 1 ? both : both / step + 4 * static_cast<int64_t>(sqrtf(static_cast<float>(both / step))) + 4;
-  float limit = limit_of(c.shares, sampled, wanted, wanted + wanted / 4);
+  int32_t limit = limit_of(c.shares, sampled, wanted, wanted + wanted / 4);
   int64_t near = find_near(t, c, limit);
-  while (near < both && limit > kSmallest) {  // the sample was not like the rest
-    limit = limit > 16 * kSmallest ? limit / 16 : kSmallest;
+  while (near < both && limit > 1) {  // the sample was not like the rest
+    limit = limit > 4 * kGrains ? limit - 4 * kGrains : 1;
     near = find_near(t, c, limit);
   }
   int64_t padded = near;
-  for (; padded % kLanes != 0; ++padded) c.shares[padded] = 0.0f;
-  const float last = limit_of(c.shares, padded, both, both);
-  const float first = c.exact_count > 0 ? limit_of(c.shares, padded, c.exact_count, c.exact_count) : INFINITY;
+  for (; padded % kLanes != 0; ++padded) c.shares[padded] = 0;
+  const int32_t last = limit_of(c.shares, padded, both, both);
+  const int32_t first = c.exact_count > 0 ? limit_of(c.shares, padded, c.exact_count, c.exact_count) : INT32_MAX - 1;
   int64_t exact = 0, following = 0;
-  int64_t equal_first = c.exact_count - beyond(c.shares, padded, first);  // how many of those at the limits are taken
-  int64_t equal_last = both - beyond(c.shares, padded, last);
+  int64_t equal_first = c.exact_count - above(c.shares, padded, first + 1);  // how many of those at the limits are taken
+  int64_t equal_last = both - above(c.shares, padded, last + 1);
   for (int64_t i = 0; i < near; i += kLanes) {
-    const Floats share = load(c.shares + i);
+    const Ints share = load(c.shares + i);
     const unsigned taken = reaching(share, last, &equal_last), chosen = reaching(share, first, &equal_first) & taken;
     const unsigned others = taken & ~chosen;
     pick(chosen, c.places + i, c.exact + exact);

@@ -95,6 +95,36 @@ inline Ints sub(Ints a, Ints b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_s
 inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 inline Floats to_float(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline Ints nearest(Floats a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+// The lanes in which a is at least b, as bits.
+inline unsigned at_least(Ints a, Ints b) {
+  const int low = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.lo, a.lo)));
+  const int high = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.hi, a.hi)));
+  return 0xffffu & ~(static_cast<unsigned>(low) | static_cast<unsigned>(high) << 8);
+}
+inline Ints load(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline void store(int32_t* p, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.hi);
+}
+// Lanes of two numbers of 16 bits without a sign, the first in the low half.
+inline Ints load_halves(const uint16_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
+inline void store_halves(uint16_t* p, Ints low, Ints high) {
+  store(reinterpret_cast<int32_t*>(p), Ints{_mm256_or_si256(low.lo, _mm256_slli_epi32(high.lo, 16)),
+                                            _mm256_or_si256(low.hi, _mm256_slli_epi32(high.hi, 16))});
+}
+inline Ints low_half(Ints a) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+inline Ints high_half(Ints a) { return {_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.hi, 16)}; }
+inline Ints max_halves(Ints a, Ints b) { return {_mm256_max_epu16(a.lo, b.lo), _mm256_max_epu16(a.hi, b.hi)}; }
+// Less `x`, or 0.
+inline Ints lower_halves(Ints a, uint16_t x) {
+  const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(x));
+  return {_mm256_subs_epu16(a.lo, less), _mm256_subs_epu16(a.hi, less)};
+}
 // (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
 inline Floats power_bits(Ints a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 15)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 15))};

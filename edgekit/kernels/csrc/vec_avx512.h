@@ -72,6 +72,20 @@ inline Ints sub(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline Floats to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints nearest(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+// The lanes in which a is at least b, as bits.
+inline unsigned at_least(Ints a, Ints b) { return _mm512_cmpge_epi32_mask(a.v, b.v); }
+inline Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(int32_t* p, Ints x) { _mm512_storeu_si512(p, x.v); }
+// Lanes of two numbers of 16 bits without a sign, the first in the low half.
+inline Ints load_halves(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_halves(uint16_t* p, Ints low, Ints high) {
+  _mm512_storeu_si512(p, _mm512_or_si512(low.v, _mm512_slli_epi32(high.v, 16)));
+}
+inline Ints low_half(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
+inline Ints high_half(Ints a) { return {_mm512_srli_epi32(a.v, 16)}; }
+inline Ints max_halves(Ints a, Ints b) { return {_mm512_max_epu16(a.v, b.v)}; }
+// Less `x`, or 0.
+inline Ints lower_halves(Ints a, uint16_t x) { return {_mm512_subs_epu16(a.v, _mm512_set1_epi16(static_cast<int16_t>(x)))}; }
 // (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
 inline Floats power_bits(Ints a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 15))}; }
 inline Floats widen(const uint8_t* p) {  // 16 bytes as floats
@@ -136,8 +150,8 @@ inline void pick(unsigned lanes, const T* from, T* to) {
   const __m512i numbers = _mm512_loadu_si512(from);
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), numbers));
 }
-inline void pick(unsigned lanes, Floats x, float* to) {
-  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), x.v));
+inline void pick(unsigned lanes, Ints x, int32_t* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), x.v));
 }
 inline void pick_places(unsigned lanes, int32_t first, int32_t* to) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

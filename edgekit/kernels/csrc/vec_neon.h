@@ -133,6 +133,44 @@ inline Ints max(Ints a, Ints b) {
 inline Ints nearest(Floats a) {
   return {{vcvtnq_s32_f32(a.v[0]), vcvtnq_s32_f32(a.v[1]), vcvtnq_s32_f32(a.v[2]), vcvtnq_s32_f32(a.v[3])}};
 }
+// The lanes in which a is at least b, as bits.
+inline unsigned at_least(Ints a, Ints b) {
+  constexpr uint32_t kBits[4] = {1, 2, 4, 8};
+  const uint32x4_t bits = vld1q_u32(kBits);
+  unsigned lanes = 0;
+  for (int i = 0; i < 4; ++i) lanes |= vaddvq_u32(vandq_u32(vcgeq_s32(a.v[i], b.v[i]), bits)) << (4 * i);
+  return lanes;
+}
+inline Ints load(const int32_t* p) { return {{vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)}}; }
+inline void store(int32_t* p, Ints x) {
+  for (int i = 0; i < 4; ++i) vst1q_s32(p + 4 * i, x.v[i]);
+}
+// Lanes of two numbers of 16 bits without a sign, the first in the low half.
+inline Ints load_halves(const uint16_t* p) {
+  Ints x;
+  for (int i = 0; i < 4; ++i) x.v[i] = vreinterpretq_s32_u16(vld1q_u16(p + 8 * i));
+  return x;
+}
+inline void store_halves(uint16_t* p, Ints low, Ints high) {
+  for (int i = 0; i < 4; ++i) vst1q_u16(p + 8 * i, vreinterpretq_u16_s32(vorrq_s32(low.v[i], vshlq_n_s32(high.v[i], 16))));
+}
+inline Ints low_half(Ints a) {
+  for (int32x4_t& four : a.v) four = vandq_s32(four, vdupq_n_s32(0xffff));
+  return a;
+}
+inline Ints high_half(Ints a) {
+  for (int32x4_t& four : a.v) four = vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(four), 16));
+  return a;
+}
+inline Ints max_halves(Ints a, Ints b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vreinterpretq_s32_u16(vmaxq_u16(vreinterpretq_u16_s32(a.v[i]), vreinterpretq_u16_s32(b.v[i])));
+  return a;
+}
+// Less `x`, or 0.
+inline Ints lower_halves(Ints a, uint16_t x) {
+  for (int32x4_t& four : a.v) four = vreinterpretq_s32_u16(vqsubq_u16(vreinterpretq_u16_s32(four), vdupq_n_u16(x)));
+  return a;
+}
 // (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
 inline Floats power_bits(Ints a) {
   Floats y;

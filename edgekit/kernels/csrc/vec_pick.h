@@ -5,9 +5,9 @@ template <class T>
 inline void pick(unsigned lanes, const T* from, T* to) {
   for (; lanes != 0; lanes &= lanes - 1) *to++ = from[__builtin_ctz(lanes)];
 }
-inline void pick(unsigned lanes, Floats x, float* to) {
+inline void pick(unsigned lanes, Ints x, int32_t* to) {
   if (lanes == 0) return;
-  float numbers[kLanes];
+  int32_t numbers[kLanes];
   store(numbers, x);
   pick(lanes, numbers, to);
 }

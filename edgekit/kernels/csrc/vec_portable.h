@@ -9,6 +9,7 @@ namespace {
 
 using Float4 = float __attribute__((vector_size(16)));
 using Int4 = int32_t __attribute__((vector_size(16)));
+using Uint4 = uint32_t __attribute__((vector_size(16)));
 using Short8 = int16_t __attribute__((vector_size(16)));
 using Byte8 = uint8_t __attribute__((vector_size(8)));
 
@@ -160,6 +161,50 @@ inline Ints nearest(Floats a) {
   Ints y;
   for (int i = 0; i < 16; ++i) y.v[i / 4][i % 4] = static_cast<int32_t>(__builtin_nearbyintf(a.v[i / 4][i % 4]));
   return y;
+}
+// The lanes in which a is at least b, as bits.
+inline unsigned at_least(Ints a, Ints b) {
+  unsigned lanes = 0;
+  for (int i = 0; i < 16; ++i) lanes |= static_cast<unsigned>(a.v[i / 4][i % 4] >= b.v[i / 4][i % 4]) << i;
+  return lanes;
+}
+inline Ints load(const int32_t* p) {
+  Ints x;
+  std::memcpy(x.v, p, sizeof x.v);
+  return x;
+}
+inline void store(int32_t* p, Ints x) { std::memcpy(p, x.v, sizeof x.v); }
+// Lanes of two numbers of 16 bits without a sign, the first in the low half.
+inline Ints load_halves(const uint16_t* p) {
+  Ints x;
+  for (int i = 0; i < 16; ++i) x.v[i / 4][i % 4] = static_cast<int32_t>(p[2 * i] | static_cast<uint32_t>(p[2 * i + 1]) << 16);
+  return x;
+}
+inline void store_halves(uint16_t* p, Ints low, Ints high) {
+  for (int i = 0; i < 16; ++i) {
+    p[2 * i] = static_cast<uint16_t>(low.v[i / 4][i % 4]);
+    p[2 * i + 1] = static_cast<uint16_t>(high.v[i / 4][i % 4]);
+  }
+}
+inline Ints low_half(Ints a) {
+  for (Int4& four : a.v) four &= 0xffff;
+  return a;
+}
+inline Ints high_half(Ints a) {
+  for (Int4& four : a.v) four = four >> 16 & 0xffff;
+  return a;
+}
+inline Ints joined_halves(Ints low, Ints high) {
+  for (int i = 0; i < 4; ++i) low.v[i] |= bits_as<Int4>(bits_as<Uint4>(high.v[i]) << 16);
+  return low;
+}
+inline Ints max_halves(Ints a, Ints b) {
+  return joined_halves(max(low_half(a), low_half(b)), max(high_half(a), high_half(b)));
+}
+// Less `x`, or 0.
+inline Ints lower_halves(Ints a, uint16_t x) {
+  const Ints less = all(int32_t{x}), none = all(int32_t{0});
+  return joined_halves(max(sub(low_half(a), less), none), max(sub(high_half(a), less), none));
 }
 // (1 + f) * 2^n for 256 * (n + 127 + f), n from -126 to 127: bits of a float.
 inline Floats power_bits(Ints a) {
