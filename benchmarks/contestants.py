@@ -120,6 +120,7 @@ class EdgekitLong(Edgekit):
         if len(self.engine.tokens) > len(ids) or self.engine.tokens != ids[: len(self.engine.tokens)]:
             self.engine.rewind(0)
         self.engine.forward(ids[len(self.engine.tokens) :] or ids[-1:])
+        self.engine.reserve(tokens)
         for copy in range(1, tokens // self.READ):
             for name, part in self.engine.kept(self.READ).items():
                 size = part.shape[2]

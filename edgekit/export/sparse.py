@@ -60,7 +60,7 @@ class SparseOptions:
     followers: int = 192
     dense_layers: int = 0
     wide_layers: int = 2
-    wide_budget: int = 2048
+    wide_budget: int = 1024
     dense_below: int = 1024
     per_query_head: bool = False
     adamas: bool = False

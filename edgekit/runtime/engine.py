@@ -1,8 +1,8 @@
 """The engine: an onnxruntime session with the key-value cache of one sequence.
 
-Keys and values live in buffers of the whole context's size which the graph reads as its past and writes as its
-present, in place. The operating system commits their pages as they are first written (`edgekit.runtime.pages`), so the
-cache takes memory as the sequence grows and is never copied.
+Keys and values live in buffers which the graph reads as its past and writes as its present, in place. They grow by a
+quarter when the sequence does, up to the context: what is used of them stays close together, in huge pages where there
+are any (`edgekit.runtime.pages`), and memory is taken as it is first written.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgekit.bundle import DecoderSpec
+from edgekit.bundle import BLOCK, DecoderSpec
 from edgekit.errors import ContextOverflow, DeviceError, ModelError, UserError
 from edgekit.kernels import library
 from edgekit.runtime.budget import PREFILL_CHUNK
 from edgekit.runtime.pages import LazyPages
 
 JOIN_EVERY = 1024  # tokens after which pages of the cache may be joined
+FIRST_CAPACITY = 1024  # tokens that the cache can hold before it grows
 
 
 class Engine:
     """Feeds tokens and gives logits. Not safe for use by several threads at once.
 
-    `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold; `run_seconds`
+    `tokens` are the tokens whose keys and values are in the cache; `context` is how many it can hold, and `capacity`
+    how many before it grows; `run_seconds`
     adds up the time spent inside onnxruntime; `native` says whether our kernels run, and `kernels`
     which path of them, or "stock". `reason` is why it does not run on what the bundle is for: never here.
     """
@@ -57,8 +59,11 @@ class Engine:
         self.context = context
         self.threads = threads
         self.tokens: list[int] = []
-        self._join_at = JOIN_EVERY
+        self.capacity = 0
+        self._cache: dict[str, tuple[NDArray[Any], ort.OrtValue]] = {}
+        self._pages: LazyPages | None = None
         self.run_seconds = 0.0
+        first = min(context, FIRST_CAPACITY)
         options = ort.SessionOptions()
         options.intra_op_num_threads = max(threads, decode_threads or 1)
         options.inter_op_num_threads = 1
@@ -74,10 +79,10 @@ class Engine:
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
-            self._bind_cache()
+            self._bind_cache(first)
             _return_memory()
         except MemoryError as problem:
-            raise DeviceError(f"the cache of {context} tokens could not be had; use a smaller --context") from problem
+            raise DeviceError(f"the cache of {first} tokens could not be had; use a smaller --context") from problem
         except Exception as problem:  # onnxruntime raises classes of its own, with no common base
             raise DeviceError(f"onnxruntime {ort.__version__} cannot run {model}: {_first_line(problem)}") from problem
         self._last = self._bind_scalar("seqlens_k", np.zeros(1, np.int32))
@@ -99,6 +104,7 @@ class Engine:
         needed = len(self.tokens) + len(ids)
         if needed > self.context:
             raise ContextOverflow(needed, self.context, self.spec.cache_bytes(needed))
+        self.reserve(needed)
         parts = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
@@ -113,8 +119,23 @@ class Engine:
         """Forget all but the first `length` tokens."""
         del self.tokens[length:]
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens, at most the context, and some more: until then the cache stays where it is.
+
+        Raises DeviceError when the system has none.
+        """
+        if tokens > self.capacity:
+            more = -(-(tokens + tokens // 4) // BLOCK) * BLOCK
+            try:
+                self._bind_cache(min(self.context, more), tokens)
+            except MemoryError as problem:
+                raise DeviceError(f"the cache of {more} tokens could not be had; use a smaller --context") from problem
+
     def kept(self, length: int) -> dict[str, NDArray[Any]]:
-        """What the cache holds of the first `length` tokens: views by name, (1, kv_heads, n, ...), n by `length`."""
+        """What the cache holds of the first `length` tokens: views by name, (1, kv_heads, n, ...), n by `length`.
+
+        They are good until tokens are added.
+        """
         assert length <= len(self.tokens)
         return {name: buffer[:, :, : self._extent(name, length)] for name, (buffer, _) in self._cache.items()}
 
@@ -123,12 +144,15 @@ class Engine:
 
         Raises ModelError when `kept` has other parts, shapes or types than this cache; the cache is then as before.
         """
+        if len(tokens) > self.context:
+            raise ModelError(f"a kept cache must fit in the context of {self.context}: it is of {len(tokens)} tokens")
+        self.reserve(len(tokens))
         parts = {name: buffer[:, :, : self._extent(name, len(tokens))] for name, (buffer, _) in self._cache.items()}
         same = parts.keys() == kept.keys() and all(
             (part.shape, part.dtype) == (kept[name].shape, kept[name].dtype) for name, part in parts.items()
         )
-        if len(tokens) > self.context or not same:
-            raise ModelError("a kept cache must be of the same bundle, and fit in its context: this one does not")
+        if not same:
+            raise ModelError("a kept cache must be of the same bundle: this one is not")
         self.tokens.clear()  # an interrupt in the middle must not leave half of them valid
         for name, part in parts.items():
             part[...] = kept[name]
@@ -165,9 +189,7 @@ class Engine:
             self._bound = (len(ids), keep)
         total = len(self.tokens) + len(ids)
         if len(self.tokens) >= self._join_at:
-            for name, pages in self._pages.items():
-                pages.join(self._extent(name, len(self.tokens)))
-            self._join_at = len(self.tokens) + JOIN_EVERY
+            self._join(len(self.tokens))
         self._ids[0] = ids
         self._last[0], self._total[...], self._keep[...] = total - 1, total, keep
         clock = time.perf_counter()
@@ -185,17 +207,31 @@ class Engine:
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
         return values
 
-    def _bind_cache(self) -> None:
-        self._cache = {}
-        self._pages: dict[str, LazyPages] = {}
-        for index, layer in enumerate(self.spec.layers):
-            for part, (shape, kind) in self.spec.cache_parts(layer, self.context).items():
-                pages = LazyPages(shape, kind)
-                self._pages[f"{index}.{part}"], buffer = pages, pages.array
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
-                self._binding.bind_ortvalue_input(f"past_key_values.{index}.{part}", value)
-                self._binding.bind_ortvalue_output(f"present.{index}.{part}", value)
-                self._cache[f"{index}.{part}"] = (buffer, value)
+    def _bind_cache(self, capacity: int, expected: int = 0) -> None:
+        """Bind a cache of `capacity` tokens that holds what the last one held; `expected` tokens will soon be there."""
+        parts = {
+            f"{index}.{part}": form
+            for index, layer in enumerate(self.spec.layers)
+            for part, form in self.spec.cache_parts(layer, capacity).items()
+        }
+        before, self._pages = self._pages, LazyPages(parts)
+        self._join(expected)
+        tokens, self.tokens = self.tokens, []  # an interrupt in the middle must not leave half of them valid
+        for name, buffer in self._pages.arrays.items():
+            if before is not None:
+                extent = self._extent(name, len(tokens))
+                buffer[:, :, :extent] = self._cache[name][0][:, :, :extent]
+                before.release(name)
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)
+            self._cache[name] = (buffer, value)
+        self.tokens, self.capacity = tokens, capacity
+
+    def _join(self, tokens: int) -> None:
+        assert self._pages is not None
+        self._pages.join({name: self._extent(name, tokens) for name in self._pages.arrays})
+        self._join_at = tokens + JOIN_EVERY
 
 
 def _return_memory() -> None:
