@@ -87,7 +87,7 @@ class LazyPages:
                 self._pages.madvise(mmap.MADV_HUGEPAGE, begin, huge)
                 self._pages.madvise(
                     COLLAPSE, begin, huge
-                )  # fails where nothing was written yet, and need not work there
+                )  # not where nothing was written yet
         return len(new)
 
     def release(self, name: str) -> None:

@@ -368,7 +368,6 @@ void weigh_heads(const SparseTask& t, int64_t head) {
     std::memcpy(halves, means + kLanes * d, sizeof halves);
     const Floats scales = load_half(halves);
     int8_t whole[Heads][kLanes];
-    int32_t sums[Heads];
     float units[Heads];
     for (int h = 0; h < Heads; ++h) {
       const int64_t at = (head + h) * t.blocks + b;
@@ -379,14 +378,13 @@ void weigh_heads(const SparseTask& t, int64_t head) {
       const Floats numbers = min(round(mul(scaled, all(peak > 0.0f ? 127.0f / peak : 0.0f))), all(127.0f));
       units[h] = peak > 0.0f ? peak / 127.0f : 0.0f;
       store_codes(whole[h], numbers);
-      sums[h] = kWideZero == 0 ? 0 : -kWideZero * static_cast<int32_t>(sum(numbers));
     }
     for (int64_t c = 0; c < d; c += kLanes, means += 4 * 64) {
       Bytes codes[4];
-      for (int k = 0; k < 4; ++k) codes[k] = signed_wide(load_bytes(means + 64 * k));
+      for (int k = 0; k < 4; ++k) codes[k] = load_bytes(means + 64 * k);
       for (int h = 0; h < Heads; ++h) {
         float* out = t.out + (head + h) * d + c;
-        store(out, fma(to_float(dot<8, 4>(all(sums[h]), codes, whole[h])), all(units[h]), load(out)));
+        store(out, fma(to_float(dot_signed<4>(all(int32_t{0}), codes, whole[h])), all(units[h]), load(out)));
       }
     }
   }

@@ -215,6 +215,16 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
   }
   return acc;
 }
+// acc + the sum over a lane's 4 * Runs signed bytes times x, which is 0 to 127.
+template <int Runs>
+inline Ints dot_signed(Ints acc, const Bytes* codes, const int8_t* x) {
+  for (int k = 0; k < Runs; ++k) {
+    const __m256i four = four_times_eight(x + 4 * k);
+    acc.lo = _mm256_dpbusd_avx_epi32(acc.lo, four, codes[k].lo);
+    acc.hi = _mm256_dpbusd_avx_epi32(acc.hi, four, codes[k].hi);
+  }
+  return acc;
+}
 
 #else
 
@@ -253,6 +263,11 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
     hi = _mm256_add_epi32(hi, _mm256_madd_epi16(short_hi, ones));
   }
   return {_mm256_add_epi32(acc.lo, lo), _mm256_add_epi32(acc.hi, hi)};
+}
+// acc + the sum over a lane's 4 * Runs signed bytes times x, which is 0 to 127.
+template <int Runs>
+inline Ints dot_signed(Ints acc, const Bytes* codes, const int8_t* x) {
+  return dot<8, Runs>(acc, codes, x);
 }
 
 #endif

@@ -144,6 +144,16 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
   }
   return acc;
 }
+// acc + the sum over a lane's 4 * Runs signed bytes times x, which is 0 to 127.
+template <int Runs>
+inline Ints dot_signed(Ints acc, const Bytes* codes, const int8_t* x) {
+  for (int k = 0; k < Runs; ++k) {
+    int32_t four;
+    std::memcpy(&four, x + 4 * k, 4);
+    acc.v = _mm512_dpbusd_epi32(acc.v, _mm512_set1_epi32(four), codes[k].v);
+  }
+  return acc;
+}
 // The numbers of the chosen lanes, one after the other; up to sixteen are written.
 template <class T>
 inline void pick(unsigned lanes, const T* from, T* to) {

@@ -365,6 +365,22 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 #if !defined(__ARM_FEATURE_DOTPROD)
 #include "vec_whole.h"
 #endif
+// acc + the sum over a lane's 4 * Runs signed bytes times x, which is 0 to 127.
+template <int Runs>
+inline Ints dot_signed(Ints acc, const Bytes* codes, const int8_t* x) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  for (int k = 0; k < Runs; ++k) {
+    int32_t bytes;
+    std::memcpy(&bytes, x + 4 * k, 4);
+    const uint8x16_t four = vreinterpretq_u8_s32(vdupq_n_s32(bytes));
+    for (int i = 0; i < 4; ++i) acc.v[i] = vusdotq_s32(acc.v[i], four, vreinterpretq_s8_u8(codes[k].v[i]));
+  }
+  return acc;
+#else
+  return dot<8, Runs>(acc, codes, x);
+#endif
+}
+
 #include "vec_pick.h"
 
 // Zero points join the integers: shift - zero of sixteen rows, times a block's sum, which has 15 bits.

@@ -318,6 +318,14 @@ inline Ints dot(Ints acc, const Bytes* codes, const int8_t* x) {
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #include "vec_whole.h"
+// acc + the sum over a lane's 4 * Runs signed bytes times x, which is 0 to 127.
+template <int Runs>
+inline Ints dot_signed(Ints acc, const Bytes* codes, const int8_t* x) {
+  Bytes wider[Runs];
+  for (int k = 0; k < Runs; ++k) wider[k] = signed_wide(codes[k]);
+  return dot<8, Runs>(acc, wider, x);
+}
+
 #include "vec_pick.h"
 #include "vec_float_zeros.h"
 
