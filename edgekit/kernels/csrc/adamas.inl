@@ -25,6 +25,11 @@ inline uint64_t some_bits(const uint8_t* p, int64_t bytes) {
   return word;
 }
 
+// Where position p stands in the order of tiles.
+inline int64_t place(int64_t p) {
+  return p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
+}
+
 // Logarithms of the task's blocks that fall as distances grow, to 1, and none for what is no candidate.
 void distances(const SparseTask& t) {
   const int64_t bytes = t.head_dim / 8, most = 3 * t.head_dim + 1;

@@ -130,8 +130,10 @@ class Attend {
       }
     };
     if (form_.sparse && tokens == 1) {
+      // Over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count with their
+      // estimated weights, the next ones with their own values, the rest with their pages' means.
       std::optional<Selection> selection;
-      if (total > std::max(dense_below_, summary.budget)) selection.emplace(sparse_, q, cache, total, summary);
+      if (total > std::max(dense_below_, summary.budget)) selection.emplace(sparse_, q, cache, total, summary, out);
       // Only a selection reads means, and it makes that of its own page.
       const bool averages = !sparse_.adamas && (selection || total % kPageTokens == 0);
       const auto read = [&, total = total, &cache = cache, &summary = summary](int64_t h) {
@@ -139,7 +141,10 @@ class Attend {
         if (averages) average_page(cache, h, (total - 1) / kPageTokens, total, summary);
         if (selection) selection->encode(h);
       };
-      if (selection) return select(pool, read, *selection, out);
+      if (selection) {
+        Order order(kv_heads_, sparse_.units(), selection->segments());
+        return pool.parallel(order.count(), [&](size_t i) { order.take(i, read, *selection); });
+      }
       pool.parallel(static_cast<size_t>(kv_heads_), [&](size_t i) { read(static_cast<int64_t>(i)); });
       return decode(pool, q, cache, total, out);
     }
@@ -280,15 +285,6 @@ class Attend {
     const int64_t begin = page * kPageTokens, end = std::min(begin + kPageTokens, total);
     path().mean(cache.values_from(head, begin), end - begin, head_dim_, page % kLanes,
                 s.means + (head * s.blocks + page / kLanes) * mean_bytes(head_dim_));
-  }
-
-  // One token over a long cache: estimate every position, attend exactly to `budget` of them, and let the others count with
-  // their estimated weights, the next ones with their own values, the rest with their pages' means.
-  template <class Read>
-  void select(const Pool& pool, const Read& read, const Selection& selection, float* out) const {
-    Order order(kv_heads_, sparse_.units(), selection.segments());
-    pool.parallel(order.count(), [&](size_t i) { order.take(i, read, selection); });
-    for (int64_t h = 0; h < kv_heads_ * group_; ++h) selection.join(h, out + h * head_dim_);
   }
 
   // Norm where there is one, then the rotation of halves.

@@ -1,8 +1,8 @@
 // The order of one token's sparse attention: a key-value head's queries and key are read, then estimates of its units' segments
-// made, then each unit chooses, then its segments are attended to.
+// made, then each unit chooses, then its segments are attended to, and joined.
 //
-// Threads take pieces from both ends of a loop. Whoever makes a unit's last estimate chooses for it, and nobody waits for other
-// units: attention to one goes on beside estimates and choices of others.
+// Threads take pieces from both ends of a loop. Whoever makes a unit's last estimate chooses for it, whoever attends to its last
+// segment joins them, and nobody waits for other units: attention to one goes on beside estimates and choices of others.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,9 @@ class Order {
   // `units` are a multiple of `heads`.
   Order(int64_t heads, int64_t units, int64_t segments)
       : heads_(heads), units_(units), segments_(segments), reads_(ends_of(heads)), estimates_(ends_of(units * segments)) {
-    left_ = scratch<int64_t, Use::kLeft>(static_cast<size_t>(heads + 2 * units));
-    taken_ = left_ + units;
+    left_ = scratch<int64_t, Use::kLeft>(static_cast<size_t>(heads + 3 * units));
+    apart_ = left_ + units;
+    taken_ = apart_ + units;
     read_ = taken_ + units;
     std::fill(left_, taken_, segments);
     std::fill(taken_, read_ + heads, 0);
@@ -27,8 +28,8 @@ class Order {
 
   size_t count() const { return static_cast<size_t>(heads_ + 2 * units_ * segments_); }
 
-  // Do one piece, in the call for i of a loop of count(): read(head), or estimate(unit, segment), choose(unit) and
-  // attend(unit, segment) of `work`.
+  // Do one piece, in the call for i of a loop of count(): read(head), or estimate(unit, segment), choose(unit),
+  // attend(unit, segment) and join(unit) of `work`.
   template <class Read, class Work>
   void take(size_t i, const Read& read, const Work& work) {
     const bool first = i < count() / 2;
@@ -54,7 +55,10 @@ class Order {
         if (__atomic_load_n(left_ + unit, __ATOMIC_ACQUIRE) != kChosen) continue;
         if (__atomic_load_n(taken_ + unit, __ATOMIC_RELAXED) >= segments_) continue;
         const int64_t segment = __atomic_fetch_add(taken_ + unit, 1, __ATOMIC_RELAXED);
-        if (segment < segments_) return work.attend(unit, segment);
+        if (segment >= segments_) continue;
+        work.attend(unit, segment);
+        if (__atomic_sub_fetch(apart_ + unit, 1, __ATOMIC_ACQ_REL) == 0) work.join(unit);
+        return;
       }
       rest(turns);
     }
@@ -97,6 +101,7 @@ class Order {
   int64_t heads_, units_, segments_;
   alignas(64) uint64_t reads_, estimates_;
   int64_t* left_;   // [units]: estimates that are not made; kChosen
+  int64_t* apart_;  // [units]: segments that are not attended to
   int64_t* taken_;  // [units]: segments that somebody attends to
   int64_t* read_;   // [heads]: 1 when it was read
 };

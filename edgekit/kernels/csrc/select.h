@@ -50,8 +50,8 @@ struct SparseShape {
 // selection, which waits for the others.
 class Selection {
  public:
-  Selection(const SparseShape& shape, const float* q, const Cache& cache, int64_t total, const Summary& summary)
-      : s_(shape), q_(q), cache_(cache), total_(total), summary_(summary),
+  Selection(const SparseShape& shape, const float* q, const Cache& cache, int64_t total, const Summary& summary, float* out)
+      : s_(shape), q_(q), out_(out), cache_(cache), total_(total), summary_(summary),
         blocks_((total + kBlockTokens - 1) / kBlockTokens),
         segments_(std::clamp<int64_t>(blocks_ / 4, 1, 4)),
         sinks_(std::min(s_.sinks, summary.budget - std::min(s_.recent, summary.budget))),
@@ -150,24 +150,28 @@ class Selection {
     path().gather(values, next, last - first, t.heads, shares, following_, t.head_dim, t.out);
   }
 
-  // A head's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
-  void join(int64_t h, float* out) const {
-    const int64_t d = s_.head_dim, unit = h / s_.heads, own = h % s_.heads;
-    const float *tails = tail_part(unit, 0), *sums = tails + s_.heads * d + own;
-    float top = whole_[h], total = 0.0f;
+  // A unit's parts are joined; the tails' maximum is the logarithm of the whole that they are shares of.
+  void join(int64_t unit) const {
+    const int64_t d = s_.head_dim, parts = 2 * segments_ + 2;
     const auto is_tail = [&](int64_t i) { return i < 2 * segments_ && i % 2 == 0; };
-    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
-      if (!is_tail(i)) top = std::max(top, sums[i * part_size()]);
+    for (int64_t own = 0; own < s_.heads; ++own) {
+      const float *first = tail_part(unit, 0), *maxima = first + s_.heads * d + own;
+      float* out = out_ + (unit * s_.heads + own) * d;
+      float top = whole_[unit * s_.heads + own], total = 0.0f;
+      const float whole = top;
+      for (int64_t i = 0; i < parts; ++i) {
+        if (!is_tail(i)) top = std::max(top, maxima[i * part_size()]);
+      }
+      std::fill(out, out + d, 0.0f);
+      const float tails = std::exp(whole - top);
+      for (int64_t i = 0; i < parts; ++i) {
+        const float *part = first + i * part_size(), maximum = part[s_.heads * d + own], sum = part[s_.heads * (d + 1) + own];
+        const float factor = is_tail(i) ? tails : std::exp(maximum - top);
+        total += factor * (is_tail(i) ? maximum : sum);
+        for (int64_t c = 0; c < d; ++c) out[c] += factor * part[own * d + c];
+      }
+      for (int64_t c = 0; c < d; ++c) out[c] /= total;
     }
-    std::fill(out, out + d, 0.0f);
-    for (int64_t i = 0; i < 2 * segments_ + 2; ++i) {
-      const float* part = tails + i * part_size();
-      const float maximum = part[s_.heads * d + own], sum = part[s_.heads * (d + 1) + own];
-      const float factor = std::exp((is_tail(i) ? whole_[h] : maximum) - top);
-      total += factor * (is_tail(i) ? maximum : sum);
-      for (int64_t c = 0; c < d; ++c) out[c] += factor * part[own * d + c];
-    }
-    for (int64_t c = 0; c < d; ++c) out[c] /= total;
   }
 
   static constexpr int64_t kWidest = 1024;
@@ -283,6 +287,7 @@ class Selection {
 
   const SparseShape& s_;
   const float* q_;
+  float* out_;
   const Cache& cache_;
   int64_t total_;
   const Summary& summary_;

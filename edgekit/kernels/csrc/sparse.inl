@@ -70,11 +70,6 @@ void encode_query(const KeyCoder& coder, const float* q, float scale, float* spr
   *constant = !(middle > -kMostGrains) ? -kMostGrains : middle < kMostGrains ? middle : kMostGrains;
 }
 
-// Where position p of the sequence stands among the weights.
-inline int64_t place(int64_t p) {
-  return p / kBlockTokens * kBlockTokens + p % kPageTokens * kLanes + p % kBlockTokens / kPageTokens;
-}
-
 // One line of codes for each of some tiles, taken apart, meets the queries of some heads.
 template <int Heads, int Tiles, class Part>
 [[gnu::always_inline]] inline void add_runs(Ints (&acc)[Tiles][Heads], const int8_t* q, int64_t stride, const Part& part) {
@@ -148,9 +143,15 @@ void weigh_block(const SparseTask& t, int64_t head, int64_t b, const float* refe
 
 // What is attended exactly anyway, and what lies ahead, is no candidate and has no weight.
 [[gnu::noinline]] void hide(const SparseTask& t, int64_t b, uint16_t* row) {
-  const int64_t from = b * kBlockTokens, to = from + kBlockTokens;
-  for (int64_t p = from; p < t.sinks && p < to; ++p) row[stored(place(p))] = 0;
-  for (int64_t p = t.recent > from ? t.recent : from; p < to; ++p) row[stored(place(p))] = 0;
+  const auto lanes_before = [&](int64_t p, int64_t j) {  // whose position j is before p
+    const int64_t lanes = (p - b * kBlockTokens - j + kPageTokens - 1) / kPageTokens;
+    return p <= b * kBlockTokens + j ? 0 : lanes < kLanes ? lanes : kLanes;
+  };
+  for (int64_t j = 0; j < kPageTokens; ++j) {
+    uint16_t* tile = row + stored(b * kBlockTokens + j * kLanes);
+    for (int64_t lane = 0; lane < lanes_before(t.sinks, j); ++lane) tile[2 * lane] = 0;
+    for (int64_t lane = lanes_before(t.recent, j); lane < kLanes; ++lane) tile[2 * lane] = 0;
+  }
 }
 
 Floats sum_of_pages(const uint16_t* block) {
