@@ -16,10 +16,13 @@ from test_reference import IDS, tiny_checkpoint
 from edgekit.bundle import DecoderSpec, LayerCache
 from edgekit.errors import ContextOverflow, DeviceError, UserError
 from edgekit.model.reference import forward
+from edgekit.runtime import engine as module
 from edgekit.runtime.engine import Engine
+from edgekit.runtime.pages import LazyPages
 from edgekit.weight import Floats
 
 CONTEXT = 64
+SOME = LONG[:40]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +191,71 @@ def test_a_cache_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(DeviceError, match="cache of 64 tokens could not be had; use a smaller --context"):
         Engine(tmp_path / "model.onnx", SPEC, context=64, threads=1)
+
+
+def small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine whose cache has room for four tokens and grows as far as it must."""
+    monkeypatch.setattr(module, "FIRST_CAPACITY", 4)
+    monkeypatch.setattr(module, "BLOCK", 1)
+    engine_of(tiny_checkpoint(), tmp_path)
+    return Engine(tmp_path / "model.onnx", SPEC, context=64, threads=1)
+
+
+def test_a_cache_that_grows_holds_what_it_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine, expected: Floats
+) -> None:
+    small = small_steps(tmp_path, monkeypatch)
+    assert small.capacity == 4
+    engine.rewind(0)
+    for at, token in enumerate(SOME):
+        whole, grown = engine.forward([token])[-1], small.forward([token])[-1]
+        assert np.array_equal(whole, grown)
+        assert at < small.capacity <= 64
+    assert len(SOME) <= small.capacity < 2 * len(SOME)
+    for name, part in engine.kept(len(SOME)).items():
+        assert np.array_equal(part, small.kept(len(SOME))[name])
+    small.rewind(0)
+    assert np.allclose(small.forward(SOME, keep=len(SOME)), expected[: len(SOME)], atol=1e-4)
+
+
+def test_a_kept_cache_makes_room_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    small = small_steps(tmp_path, monkeypatch)
+    engine.rewind(0)
+    engine.forward(SOME[:-1])
+    small.restore(engine.tokens, engine.kept(len(engine.tokens)))
+    assert np.array_equal(engine.forward(SOME[-1:]), small.forward(SOME[-1:]))
+
+
+def test_an_interrupt_while_the_cache_grows_forgets_the_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Floats
+) -> None:
+    small = small_steps(tmp_path, monkeypatch)
+    small.forward(SOME[:4])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyPages, "release", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            small.forward(SOME[4:])
+    assert small.tokens == []
+    assert np.allclose(small.forward(SOME, keep=len(SOME)), expected[: len(SOME)], atol=1e-4)
+
+
+def test_a_cache_that_cannot_grow_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_steps(tmp_path, monkeypatch)
+    small.forward(SOME[:4])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        with pytest.raises(DeviceError, match="cache of 6 tokens could not be had; use a smaller --context"):
+            small.forward(SOME[4:5])
+    assert small.tokens == SOME[:4]
+    small.forward(SOME[4:])
 
 
 def test_a_long_context_takes_no_memory_before_it_is_used(tmp_path: Path) -> None:

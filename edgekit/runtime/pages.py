@@ -85,9 +85,7 @@ class LazyPages:
             begin = self._first + int(window) * huge
             with contextlib.suppress(OSError, AttributeError):
                 self._pages.madvise(mmap.MADV_HUGEPAGE, begin, huge)
-                self._pages.madvise(
-                    COLLAPSE, begin, huge
-                )  # not where nothing was written yet
+                self._pages.madvise(COLLAPSE, begin, huge)  # not where nothing was written yet
         return len(new)
 
     def release(self, name: str) -> None:
