@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "order.h"
 #include "path.h"
 #include "team.h"
 
@@ -775,11 +776,60 @@ int check_team() {
   return 0;
 }
 
+// Pieces of which each leaves what the next kind needs, so that one that comes too early finds something else.
+struct Pieces {
+  int64_t heads, units, segments, loop;
+  mutable std::vector<int64_t> read, estimated, chosen, attended, joined;
+  Pieces(int64_t heads, int64_t units, int64_t segments, int64_t loop)
+      : heads(heads), units(units), segments(segments), loop(loop), read(heads), estimated(units * segments), chosen(units),
+        attended(units * segments), joined(units) {}
+  void estimate(int64_t unit, int64_t segment) const { estimated[unit * segments + segment] += read[unit * heads / units] + segment; }
+  void choose(int64_t unit) const { chosen[unit] += sum(estimated, unit); }
+  void attend(int64_t unit, int64_t segment) const { attended[unit * segments + segment] += chosen[unit] + 1; }
+  void join(int64_t unit) const { joined[unit] += sum(attended, unit); }
+  int64_t sum(const std::vector<int64_t>& of, int64_t unit) const {
+    return std::accumulate(of.begin() + unit * segments, of.begin() + (unit + 1) * segments, int64_t{0});
+  }
+  bool right() const {
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t choice = segments * (loop + unit * heads / units) + segments * (segments - 1) / 2;
+      if (joined[unit] != segments * (choice + 1)) return false;
+    }
+    return true;
+  }
+};
+
+// The order of a sparse token's pieces, by teams and by one thread alone.
+int check_order() {
+  constexpr int kThreads = 4;
+  for (int members = 1; members <= kThreads; ++members) {
+    Team team;
+    int wrong = 0;
+    const auto lead = [&] {
+      for (int64_t loop = 0; loop < 400; ++loop) {
+        const int64_t heads = 1 + loop % 5, units = heads * (1 + loop / 5 % 3), segments = 1 + loop / 15 % 4;
+        const Pieces pieces(heads, units, segments, loop);
+        Order order(heads, units, segments);
+        team.parallel(order.count(), [&](size_t i) { order.take(i, [&](int64_t head) { pieces.read[head] += loop + head; }, pieces); });
+        wrong += !pieces.right();
+      }
+    };
+    std::vector<std::thread> threads;
+    for (int t = 0; t < members; ++t) threads.emplace_back([&] { team.join(lead); });
+    for (std::thread& thread : threads) thread.join();
+    if (wrong == 0) continue;
+    std::printf("order of a team of %d: %d loops are wrong\n", members, wrong);
+    return 1;
+  }
+  std::printf("orders of teams of 1 to %d: ok\n", kThreads);
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "quick";
-  if (mode == "threads") return check_threads() | check_team();
+  if (mode == "threads") return check_threads() | check_team() | check_order();
   if (mode == "quick" || mode == "full") return check_all(mode == "full");
   std::fprintf(stderr, "usage: driver [quick | full | threads]\n");
   return 2;
