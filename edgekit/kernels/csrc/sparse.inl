@@ -64,9 +64,10 @@ void encode_query(const KeyCoder& coder, const float* q, float scale, float* spr
     codes[c] = static_cast<int8_t>(whole > 127.0f ? 127.0f : whole >= -127.0f ? whole : -127.0f);
     zero += codes[c] * (c < coder.fine ? 15 : 3);
   }
-  const float most = kMostGrains / static_cast<float>(127 * 15 * coder.channels), unbound = peak / 127.0f * scale * kLog2E * static_cast<float>(kGrains);
+  const float grains = scale * kLog2E * static_cast<float>(kGrains), unbound = peak / 127.0f * grains;
+  const float most = kMostGrains / static_cast<float>(127 * 15 * coder.channels);
   *factor = unbound < most ? unbound : most;
-  const float middle = shift * scale * kLog2E * static_cast<float>(kGrains) - 0.5f * static_cast<float>(zero) * *factor;
+  const float middle = shift * grains - 0.5f * static_cast<float>(zero) * *factor;
   *constant = !(middle > -kMostGrains) ? -kMostGrains : middle < kMostGrains ? middle : kMostGrains;
 }
 
