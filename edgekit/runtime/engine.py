@@ -125,9 +125,9 @@ class Engine:
         Raises DeviceError when the system has none.
         """
         if tokens > self.capacity:
-            more = -(-(tokens + tokens // 4) // BLOCK) * BLOCK
+            more = min(self.context, -(-(tokens + tokens // 4) // BLOCK) * BLOCK)
             try:
-                self._bind_cache(min(self.context, more), tokens)
+                self._bind_cache(more, tokens)
             except MemoryError as problem:
                 raise DeviceError(f"the cache of {more} tokens could not be had; use a smaller --context") from problem
 

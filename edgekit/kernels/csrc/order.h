@@ -17,7 +17,8 @@ class Order {
  public:
   // `units` are a multiple of `heads`.
   Order(int64_t heads, int64_t units, int64_t segments)
-      : heads_(heads), units_(units), segments_(segments), reads_(ends_of(heads)), estimates_(ends_of(units * segments)) {
+      : heads_(heads), units_(units), segments_(segments), reads_(static_cast<size_t>(heads)),
+        estimates_(static_cast<size_t>(units * segments)) {
     left_ = scratch<int64_t, Use::kLeft>(static_cast<size_t>(heads + 3 * units));
     apart_ = left_ + units;
     taken_ = apart_ + units;
@@ -33,13 +34,13 @@ class Order {
   template <class Read, class Work>
   void take(size_t i, const Read& read, const Work& work) {
     const bool first = i < count() / 2;
-    if (const int64_t at = take_one(reads_, first); at >= 0) {
+    if (const int64_t at = reads_.take(first); at >= 0) {
       // A head in the middle comes first, as its units do.
       const int64_t middle = heads_ % 2 ? heads_ / 2 : -1, head = at > middle ? at : at == 0 ? middle : at - 1;
       read(head);
       return __atomic_store_n(read_ + head, 1, __ATOMIC_RELEASE);
     }
-    if (const int64_t at = take_one(estimates_, first); at >= 0) {
+    if (const int64_t at = estimates_.take(first); at >= 0) {
       const auto [unit, segment] = piece(at);
       const int64_t* ready = read_ + unit * heads_ / units_;
       for (int turns = 0; __atomic_load_n(ready, __ATOMIC_ACQUIRE) == 0; ++turns) rest(turns);
@@ -70,19 +71,6 @@ class Order {
   };
   static constexpr int64_t kChosen = -1;
 
-  // Pieces first..end - 1 are left: `first` in the lower half, `end` in the upper.
-  static uint64_t ends_of(int64_t count) { return static_cast<uint64_t>(count) << 32; }
-  static int64_t take_one(uint64_t& left, bool first) {
-    uint64_t ends = __atomic_load_n(&left, __ATOMIC_RELAXED);
-    while (static_cast<uint32_t>(ends) < ends >> 32) {
-      const uint64_t less = first ? ends + 1 : ends - ends_of(1);
-      if (__atomic_compare_exchange_n(&left, &ends, less, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-        return static_cast<int64_t>(first ? static_cast<uint32_t>(ends) : (ends >> 32) - 1);
-      }
-    }
-    return -1;
-  }
-
   // A unit that both ends share comes first, at either end, so that one of them can choose for it while there is other work;
   // and either finds a unit's segments in the order of memory.
   Piece piece(int64_t i) const {
@@ -99,7 +87,7 @@ class Order {
   }
 
   int64_t heads_, units_, segments_;
-  alignas(64) uint64_t reads_, estimates_;
+  alignas(64) Ends reads_, estimates_;
   int64_t* left_;   // [units]: estimates that are not made; kChosen
   int64_t* apart_;  // [units]: segments that are not attended to
   int64_t* taken_;  // [units]: segments that somebody attends to

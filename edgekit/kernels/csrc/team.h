@@ -23,15 +23,15 @@ class Team final : public ort::Pool {
   void join(const Lead& lead) {
     if (members_.fetch_add(1, std::memory_order_relaxed) > 0) return help();
     lead();
-    left_.store(kOver, std::memory_order_release);
+    left_.close();
   }
 
   void run(size_t count, void (*piece)(void*, size_t), void* user) const override {
     piece_ = piece;
     user_ = user;
     done_.store(0, std::memory_order_relaxed);
-    left_.store(uint64_t{count} << 32, std::memory_order_release);
-    for (int64_t i = take_first(); i >= 0; i = take_first()) {
+    left_.reset(count);
+    for (int64_t i = left_.take(true); i >= 0; i = left_.take(true)) {
       piece(user, static_cast<size_t>(i));
       done_.fetch_add(1, std::memory_order_relaxed);
     }
@@ -46,29 +46,16 @@ class Team final : public ort::Pool {
   bool enters_at_once() const override { return true; }
 
  private:
-  static constexpr uint64_t kOver = ~uint64_t{0};
   static constexpr int64_t kMostAhead = 1 << 19;  // what a second cache keeps
   static constexpr int kLines = 4;
 
-  // Pieces first..end - 1 are left: `first` in the lower half of left_, `end` in the upper. The leader takes the first, helpers
-  // the last, so that each finds what it fetched.
-  int64_t take_first() const {
-    uint64_t left = left_.load(std::memory_order_relaxed);
-    while (static_cast<uint32_t>(left) < left >> 32) {
-      if (left_.compare_exchange_weak(left, left + 1, std::memory_order_acquire, std::memory_order_relaxed)) {
-        return static_cast<uint32_t>(left);
-      }
-    }
-    return -1;
-  }
+  // The leader takes the first pieces, helpers the last, so that each finds what it fetched.
   void help() {
     const uint8_t *seen = nullptr, *begin = nullptr, *at = nullptr;
     for (int turns = 0;; ++turns) {
-      uint64_t left = left_.load(std::memory_order_acquire);
-      if (left == kOver) return;
-      if (static_cast<uint32_t>(left) < left >> 32) {
-        if (!left_.compare_exchange_weak(left, left - (uint64_t{1} << 32), std::memory_order_acquire, std::memory_order_relaxed)) continue;
-        piece_(user_, (left >> 32) - 1);
+      if (left_.closed()) return;
+      if (const int64_t i = left_.take(false); i >= 0) {
+        piece_(user_, static_cast<size_t>(i));
         done_.fetch_add(1, std::memory_order_release);
         turns = 0;
         continue;
@@ -86,7 +73,7 @@ class Team final : public ort::Pool {
   }
 
   std::atomic<int> members_{0};
-  alignas(64) mutable std::atomic<uint64_t> left_{0};
+  alignas(64) mutable Ends left_;
   alignas(64) mutable std::atomic<size_t> done_{0};
   alignas(64) mutable std::atomic<const uint8_t*> next_{nullptr};
   mutable std::atomic<const uint8_t*> next_end_{nullptr};

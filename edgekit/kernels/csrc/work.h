@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
@@ -44,6 +45,30 @@ inline void rest(int turns) {
   __asm__ volatile("yield");
 #endif
 }
+
+// What is left of some pieces, which are taken from both ends: first..end - 1, `first` in the lower half, `end` in the upper.
+class Ends {
+ public:
+  explicit Ends(size_t count = 0) : left_(uint64_t{count} << 32) {}
+  void reset(size_t count) { left_.store(uint64_t{count} << 32, std::memory_order_release); }
+  void close() { left_.store(kClosed, std::memory_order_release); }
+  bool closed() const { return left_.load(std::memory_order_acquire) == kClosed; }
+  // The first or the last of them; -1 where none is left.
+  int64_t take(bool first) {
+    uint64_t left = left_.load(std::memory_order_relaxed);
+    while (static_cast<uint32_t>(left) < left >> 32) {
+      const uint64_t less = first ? left + 1 : left - (uint64_t{1} << 32);
+      if (left_.compare_exchange_weak(left, less, std::memory_order_acquire, std::memory_order_relaxed)) {
+        return static_cast<int64_t>(first ? static_cast<uint32_t>(left) : (left >> 32) - 1);
+      }
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr uint64_t kClosed = ~uint64_t{0};  // nothing is left of it either
+  std::atomic<uint64_t> left_;
+};
 
 // How many pieces to cut `units` of work into: a few a thread, so that none waits long for another.
 inline size_t pieces(int64_t units, int threads, int64_t least_units) {
