@@ -19,7 +19,7 @@ demo: $(VENV)/.convert ## compress, export, profile and ask a real language mode
 	$(BIN)/edgekit run $(DEMO)/small.$(TARGET) "What is the capital of France?"
 
 test: $(VENV)/.dev ## the tests that need no model and no torch: under three minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.full ## the real model, against torch and transformers, and long runs
 	$(BIN)/python -m pytest -m slow

@@ -139,7 +139,7 @@ def speed(bench: Benchmark, work: Path, *, quick: bool) -> None:
                 ratio = found[name, context] / found["llama.cpp Q4_0", context]
                 bench.at_least(f"decode after {context}: {name} over llama.cpp Q4_0", ratio, bound)
     bench.at_least("decode after 512: sparse over dense", found["sparse", 512] / found["dense", 512], 0.97)
-    long = [context for context in contexts if context > 1024]
+    long = [context for context in contexts if context >= 1024]
     slope, base = np.polyfit(long, [1e3 / found["sparse", context] for context in long], 1)
     bench.value("milliseconds a token at no context, fitted", float(base), "ms")
     bench.value("milliseconds a token for 1,024 positions more, fitted", float(slope) * 1024, "ms")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_cases import Case, assert_close, every_path, needs_library, open_session, run_natively, whole_cache
 from numpy.typing import NDArray
 
-from edgekit.bundle import LayerCache
+from edgekit.bundle import PAGE, LayerCache
 from edgekit.cache_rows import hadamard
 from edgekit.export.sparse import key_code, thresholds
 from edgekit.kernels import sparse, sparse_adamas
@@ -39,7 +39,7 @@ def sparse_case(
     prefill_budget: int = 0,
     seed: int = 0,
 ) -> Case:
-    """A cache of `total` - `tokens` positions whose codes and means are whole, and `tokens` new ones."""
+    """A cache of `total` - `tokens` positions, and `tokens` new ones. Pages that are whole have codes and means."""
     rng = np.random.default_rng(seed)
     heads, context, first = kv_heads * group, context or total + 5, total - tokens
     keys = rng.standard_normal((kv_heads, context, head_dim)).astype(np.float16)
@@ -51,17 +51,17 @@ def sparse_case(
     make = thresholds if adamas else key_code
     found = [make(q, k.astype(np.float32)) for q, k in zip(queries, known, strict=True)]
     center, encoder, decoder = map(np.stack, zip(*found, strict=True))
-    codes = np.zeros(LayerCache(kv_heads, head_dim).code_shape(context), np.uint8)
+    codes = np.random.default_rng(1).integers(0, 256, LayerCache(kv_heads, head_dim).code_shape(context), np.uint8)
     means = np.zeros(LayerCache(kv_heads, head_dim).mean_shape(context), np.uint8)
     kept = whole_cache(keys[None], values[None], 8) if int8 else {"past_key": keys[None], "past_value": values[None]}
-    _, stored = read_cache(list(kept.values()), first)
-    for head in range(kv_heads):
-        old = keys[head, :first].astype(np.float32)
+    stored_keys, stored = (part.astype(np.float32) for part in read_cache(list(kept.values()), first))
+    for head, old in enumerate(stored_keys):
         if adamas:
             sparse_adamas.store(codes[0, head], sparse_adamas.code(old, center[head, 1]), 0)
             continue
-        sparse.store(codes[0, head], sparse.encode(old, center[head], encoder[head].T), 0, head_dim=head_dim)
-        sparse.average(means[0, head], stored[head].astype(np.float32), 0)
+        whole = old[: first // PAGE * PAGE]
+        sparse.store(codes[0, head], sparse.encode(whole, center[head], encoder[head].T), 0, head_dim=head_dim)
+        sparse.average(means[0, head], stored[head], 0)
     angles = np.arange(context)[:, None] * 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
     fed: dict[str, Any] = {
         "qkv": (2 * rng.standard_normal((1, tokens, (heads + 2 * kv_heads) * head_dim))).astype(np.float32),
@@ -213,6 +213,32 @@ def test_threads_do_not_change_the_result() -> None:
     case = sparse_case(total=9000, budget=100)
     one, two = run_natively(case, threads=1), run_natively(case, threads=2)
     assert all(np.array_equal(a, b, equal_nan=a.dtype != np.uint8) for a, b in zip(one, two, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("int8", [False, True], ids=["float16", "int8"])
+@pytest.mark.parametrize(
+    "shape", [{"dense_below": 300}, {"budget": 5, "recent": 3, "sinks": 1}, {"budget": 30}], ids=str
+)
+def test_token_by_token_pages_get_the_codes_and_means_of_a_prompt(shape: dict[str, Any], int8: bool) -> None:
+    """Whether the tokens before a page is whole are exact or select, and whether the window holds all of it or not."""
+    total, first = 70, 5
+    prompt = sparse_case(total=total, tokens=total - first, int8=int8, **shape)
+    _, *wanted = run_natively(prompt)
+    made = {name: values for name, values in prompt.inputs.items() if name.startswith("past_")}
+    session = open_session(prompt.model(), native=True)
+    for place in range(first, total):
+        step = {**prompt.inputs, **made, "qkv": prompt.inputs["qkv"][:, place - first : place - first + 1]}
+        _, *found = session.run(None, {**step, "last": np.array([place], np.int32)})
+        made = dict(zip(made, found, strict=True))
+    for head in range(2):
+        codes, expected = (
+            sparse.load(part[-2][0, head], total // PAGE * PAGE, head_dim=64) for part in (found, wanted)
+        )
+        assert np.array_equal(codes, expected)
+        means, expected_means = (sparse.load_means(part[-1][0, head], 64) for part in (found, wanted))
+        for mean, expected_mean in zip(means, expected_means, strict=True):
+            assert np.array_equal(mean[: total // PAGE], expected_mean[: total // PAGE])
 
 
 @needs_library

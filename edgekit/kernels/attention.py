@@ -123,7 +123,7 @@ def hadamard_sparse_attention_int8(
     *calibrated: Array,
     **attributes: Any,
 ) -> tuple[Array, ...]:
-    """`hadamard_sparse_attention` over a cache in 8 bits; codes are of the keys as they were before."""
+    """`hadamard_sparse_attention` over a cache in 8 bits; codes are of the keys as they are kept there."""
     return _sparse(qkv, (past_key, past_value, past_scales), (past_codes, past_means), *calibrated, **attributes)
 
 
@@ -232,17 +232,23 @@ def _sparse(
     kv_heads, head_dim = sizes["kv_num_heads"], sizes["head_dim"]
     tokens, total, positions = qkv.shape[1], int(last.reshape(())) + 1, int(budget.reshape(()))
     first, place = total - tokens, np.arange(total - tokens, total)
-    q, k, _ = _heads(qkv, sizes["num_heads"], kv_heads, head_dim)
+    q, k, v = _heads(qkv, sizes["num_heads"], kv_heads, head_dim)
     q, k = rotated(q, cos[place], sin[place]), rotated(k, cos[place], sin[place])
+    keys, values = (part.astype(np.float32) for part in read_cache(append(cache, k, v, first), total))
     codes, means = (part.copy() for part in summaries)
     center = center.reshape(kv_heads, -1)
     away = np.zeros((kv_heads, tokens, total), bool)
+    one, estimated = tokens == 1, tokens == 1 and total > max(dense_below, positions)
+    # While tokens are exact, a page's codes and mean are made once it is whole; what the window holds needs no codes.
+    page, whole = first // PAGE * PAGE, tokens > 1 or (one and total % PAGE == 0)
+    encodes = whole or (estimated and total - min(recent, positions) > page)
     for head, queries in enumerate(np.split(q, kv_heads)):
         if adamas:
             sparse_adamas.store(codes[0, head], sparse_adamas.code(k[head], center[head, 1]), first)
             continue
-        coded = sparse.encode(k[head], center[head], encoder.reshape(kv_heads, head_dim, -1)[head].T)
-        sparse.store(codes[0, head], coded, first, head_dim=head_dim)
+        if encodes:
+            coded = sparse.encode(keys[head, page:], center[head], encoder.reshape(kv_heads, head_dim, -1)[head].T)
+            sparse.store(codes[0, head], coded, page, head_dim=head_dim)
         if prefill_budget and tokens > 1:
             known = sparse.load(codes[0, head], total, head_dim=head_dim)
             decoded = decoder.reshape(kv_heads, head_dim, -1)[head].T
@@ -250,11 +256,7 @@ def _sparse(
                 queries, known, center[head], decoded, first=first, budget=prefill_budget
             )
     y, *present = _dense(qkv, cache, last, cos, sin, away=away.repeat(len(q) // kv_heads, axis=0), **sizes)
-    keys, values = (part.astype(np.float32) for part in read_cache(present, total))
-    one, estimated = tokens == 1, tokens == 1 and total > max(dense_below, positions)
-    # While tokens are exact, a page's mean is made once it is whole.
-    averages = not adamas and (estimated or not one or total % PAGE == 0)
-    for head in range(kv_heads if averages else 0):
+    for head in range(kv_heads if not adamas and (estimated or whole) else 0):
         sparse.average(means[0, head], values[head], first)
     if estimated:
         forced: dict[str, Any] = {"budget": positions, "sinks": sinks, "recent": recent}

@@ -25,6 +25,9 @@ Source: Adamas, arXiv 2510.18413, for 2-bit codes of Hadamard-transformed keys a
 not coded, the keys are centred and coded in calibrated channels, all query heads of a group share one selection, window
 and sinks are always attended, and what is not selected is not dropped. docs/sparse-attention.md has what each is worth.
 
+Codes are of the keys as the cache keeps them. A page's codes and mean are made when it is whole; before that by a token
+that selects, the codes where its window does not hold the whole page.
+
 What is left of a page's weight meets its mean value in whole numbers. A block of 256 positions, sixteen pages p, adds
 
     A / 127 sum_p P_p M_pc        P_p = rint(127 a_p / A),  a_p = scale_p sum_j 2^{t_j},  A = max_p a_p

@@ -110,7 +110,7 @@ class Attend {
     const int64_t d = head_dim_, q_width = mixed_width();
     float* q = scratch<float, Use::kQueries>(tokens * (q_width + kv_heads_ * d));
     float* rotated_keys = q + tokens * q_width;
-    // One key-value head of a token: its queries, keys, values and codes.
+    // One key-value head of a token: its queries, key and value.
     const auto read_head = [&, first = first, cosine = cosine, sine = sine, &cache = cache, &summary = summary](int64_t t, int64_t h) {
       const float* row = x + t * width();
       const float* c = cosine + (first + t) * (d / 2);
@@ -124,9 +124,6 @@ class Attend {
       keep(row + q_width + (kv_heads_ + h) * d, cache.values_from(h, first + t));
       if (form_.sparse && sparse_.adamas) {
         path().planes(key, d, read(sparse_.center + 2 * h + 1), summary.codes + h * summary.code_bytes + (first + t) * d / 4);
-      } else if (form_.sparse) {
-        float spread[Selection::kWidest];
-        path().encode(sparse_.coder(h), key, first + t, spread, summary.codes + h * summary.code_bytes);
       }
     };
     if (form_.sparse && tokens == 1) {
@@ -134,11 +131,15 @@ class Attend {
       // estimated weights, the next ones with their own values, the rest with their pages' means.
       std::optional<Selection> selection;
       if (total > std::max(dense_below_, summary.budget)) selection.emplace(sparse_, q, cache, total, summary, out);
-      // Only a selection reads means, and it makes that of its own page.
-      const bool averages = !sparse_.adamas && (selection || total % kPageTokens == 0);
+      // A page's codes and mean are made when it is whole, so that the matrix of codes is read once for sixteen keys. Only a
+      // selection reads them: it makes the mean of its own page, and the codes of one that its window leaves some of out.
+      const int64_t page = (total - 1) / kPageTokens;
+      const bool whole = total % kPageTokens == 0, averages = !sparse_.adamas && (selection || whole);
+      const bool encodes = !sparse_.adamas && (whole || (selection && selection->recent() > page * kPageTokens));
       const auto read = [&, total = total, &cache = cache, &summary = summary](int64_t h) {
         read_head(0, h);
-        if (averages) average_page(cache, h, (total - 1) / kPageTokens, total, summary);
+        if (encodes) encode_page(cache, h, page, total, summary);
+        if (averages) average_page(cache, h, page, total, summary);
         if (selection) selection->encode(h);
       };
       if (selection) {
@@ -155,7 +156,7 @@ class Attend {
         for (int64_t h = 0; h < kv_heads_; ++h) read_head(t, h);
       }
     });
-    if (form_.sparse && !sparse_.adamas) average(pool, cache, first, total, summary);
+    if (form_.sparse && !sparse_.adamas) summarise(pool, cache, first, total, summary);
     if (tokens == 1) {
       decode(pool, q, cache, total, out);
     } else {
@@ -267,18 +268,19 @@ class Attend {
     return s;
   }
 
-  // The mean values of the pages that tokens first..total - 1 lie in.
-  void average(const Pool& pool, const Cache& cache, int64_t first, int64_t total, const Summary& s) const {
+  // Codes and mean values of the pages that tokens first..total - 1 lie in.
+  void summarise(const Pool& pool, const Cache& cache, int64_t first, int64_t total, const Summary& s) const {
     const int64_t from = first / kPageTokens, to = (total + kPageTokens - 1) / kPageTokens;
-    auto work = [&](size_t i) {
-      average_page(cache, static_cast<int64_t>(i) / (to - from), from + static_cast<int64_t>(i) % (to - from), total, s);
-    };
-    const int64_t count = kv_heads_ * (to - from);
-    if (count <= 4 * kv_heads_) {
-      for (int64_t i = 0; i < count; ++i) work(static_cast<size_t>(i));
-    } else {
-      pool.parallel(static_cast<size_t>(count), work);
-    }
+    pool.parallel(static_cast<size_t>(kv_heads_ * (to - from)), [&](size_t i) {
+      const int64_t head = static_cast<int64_t>(i) / (to - from), page = from + static_cast<int64_t>(i) % (to - from);
+      encode_page(cache, head, page, total, s);
+      average_page(cache, head, page, total, s);
+    });
+  }
+
+  void encode_page(const Cache& cache, int64_t head, int64_t page, int64_t total, const Summary& s) const {
+    const int64_t begin = page * kPageTokens, end = std::min(begin + kPageTokens, total);
+    path().encode(sparse_.coder(head), cache.keys_from(head, begin), end - begin, begin, s.codes + head * s.code_bytes);
   }
 
   void average_page(const Cache& cache, int64_t head, int64_t page, int64_t total, const Summary& s) const {

@@ -257,7 +257,7 @@ struct Path {
   void (*attend)(const AttentionTask& task);
   void (*decode)(const DecodeTask& task);
   // See sparse.inl.
-  void (*encode)(const KeyCoder& coder, float* key, int64_t position, float* spread, uint8_t* codes);
+  void (*encode)(const KeyCoder& coder, const Rows& keys, int64_t count, int64_t position, uint8_t* codes);
   void (*encode_query)(const KeyCoder& coder, const float* q, float scale, float* spread, int8_t* codes, float* factor,
                        float* constant);
   void (*estimate)(const SparseTask& task);

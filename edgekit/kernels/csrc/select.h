@@ -88,6 +88,8 @@ class Selection {
   }
 
   int64_t segments() const { return segments_; }
+  // From here on positions are attended to in any case, and need no codes.
+  int64_t recent() const { return recent_; }
 
   void estimate(int64_t unit, int64_t segment) const {
     if (segment == 0) {  // who chooses will attend to these

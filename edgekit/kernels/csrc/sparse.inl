@@ -28,12 +28,11 @@ inline unsigned level(float x, int offset, int most) {
   return !(at > 0.0f) ? 0u : at >= static_cast<float>(most) ? static_cast<unsigned>(most) : static_cast<unsigned>(at);
 }
 
-// The code of one key, which may be changed, at `position` of a head's codes.
-void encode(const KeyCoder& coder, float* key, int64_t position, float* spread, uint8_t* codes) {
+// The codes of one key, which may be changed; `line` is its first.
+void encode_key(const KeyCoder& coder, float* key, uint8_t* line) {
+  float spread[kMostChannels];
   for (int64_t i = 0; i < coder.head_dim; ++i) key[i] -= read(coder.center + i);
   project(key, coder.encoder, coder.head_dim, coder.channels, spread);
-  uint8_t* line = codes + (position / kBlockTokens * kPageTokens + position % kPageTokens) * 4 * coder.head_dim +
-                  4 * (position % kBlockTokens / kPageTokens);
   for (int64_t c = 0; c < coder.fine; c += 8, line += 64) {
     for (int64_t k = 0; k < 4; ++k) {
       line[k] = static_cast<uint8_t>(level(spread[c + k], 8, 15) | level(spread[c + 4 + k], 8, 15) << 4);
@@ -45,6 +44,17 @@ void encode(const KeyCoder& coder, float* key, int64_t position, float* spread, 
       for (int64_t part = 0; part < 4; ++part) byte |= level(spread[c + 4 * part + k], 2, 3) << (2 * part);
       line[k] = static_cast<uint8_t>(byte);
     }
+  }
+}
+
+// The codes of up to a page of keys, which stand at `position` and behind it, among a head's codes.
+void encode(const KeyCoder& coder, const Rows& keys, int64_t count, int64_t position, uint8_t* codes) {
+  float wide[kPageTokens * kMostChannels];
+  widen_rows(keys, count, coder.head_dim, wide);
+  for (int64_t j = 0; j < count; ++j, ++position) {
+    encode_key(coder, wide + j * coder.head_dim,
+               codes + (position / kBlockTokens * kPageTokens + position % kPageTokens) * 4 * coder.head_dim +
+                   4 * (position % kBlockTokens / kPageTokens));
   }
 }
 
