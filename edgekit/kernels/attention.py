@@ -238,10 +238,10 @@ def _sparse(
     codes, means = (part.copy() for part in summaries)
     center = center.reshape(kv_heads, -1)
     away = np.zeros((kv_heads, tokens, total), bool)
-    one, estimated = tokens == 1, tokens == 1 and total > max(dense_below, positions)
+    estimated = tokens == 1 and total > max(dense_below, positions)
     # While tokens are exact, a page's codes and mean are made once it is whole; what the window holds needs no codes.
-    page, whole = first // PAGE * PAGE, tokens > 1 or (one and total % PAGE == 0)
-    encodes = whole or (estimated and total - min(recent, positions) > page)
+    page, made = first // PAGE * PAGE, tokens > 1 or (tokens == 1 and total % PAGE == 0)
+    encodes = made or (estimated and total - min(recent, positions) > page)
     for head, queries in enumerate(np.split(q, kv_heads)):
         if adamas:
             sparse_adamas.store(codes[0, head], sparse_adamas.code(k[head], center[head, 1]), first)
@@ -256,7 +256,7 @@ def _sparse(
                 queries, known, center[head], decoded, first=first, budget=prefill_budget
             )
     y, *present = _dense(qkv, cache, last, cos, sin, away=away.repeat(len(q) // kv_heads, axis=0), **sizes)
-    for head in range(kv_heads if not adamas and (estimated or whole) else 0):
+    for head in range(kv_heads if not adamas and (estimated or made) else 0):
         sparse.average(means[0, head], values[head], first)
     if estimated:
         forced: dict[str, Any] = {"budget": positions, "sinks": sinks, "recent": recent}

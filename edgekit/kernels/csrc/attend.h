@@ -108,8 +108,7 @@ class Attend {
     const auto& [tokens, first, total, cosine, sine, cache, summary] = task;
     if (tokens == 0) return;
     const int64_t d = head_dim_, q_width = mixed_width();
-    float* q = scratch<float, Use::kQueries>(tokens * (q_width + kv_heads_ * d));
-    float* rotated_keys = q + tokens * q_width;
+    float* q = scratch<float, Use::kQueries>(tokens * q_width);
     // One key-value head of a token: its queries, key and value.
     const auto read_head = [&, first = first, cosine = cosine, sine = sine, &cache = cache, &summary = summary](int64_t t, int64_t h) {
       const float* row = x + t * width();
@@ -118,7 +117,7 @@ class Attend {
       float* queries = q + t * q_width + h * group_ * d;
       for (int64_t i = 0; i < group_; ++i) rotate(row + (h * group_ + i) * d, c, s, q_norm_, queries + i * d);
       if (form_.bits == 4) path().hadamard(queries, group_, d);
-      float* key = rotated_keys + (t * kv_heads_ + h) * d;
+      float key[Selection::kWidest];
       rotate(row + q_width + h * d, c, s, k_norm_, key);
       keep(key, cache.keys_from(h, first + t));
       keep(row + q_width + (kv_heads_ + h) * d, cache.values_from(h, first + t));
@@ -131,8 +130,8 @@ class Attend {
       // estimated weights, the next ones with their own values, the rest with their pages' means.
       std::optional<Selection> selection;
       if (total > std::max(dense_below_, summary.budget)) selection.emplace(sparse_, q, cache, total, summary, out);
-      // A page's codes and mean are made when it is whole, so that the matrix of codes is read once for sixteen keys. Only a
-      // selection reads them: it makes the mean of its own page, and the codes of one that its window leaves some of out.
+      // A page's codes and mean are made when it is whole, so that the matrix of codes is read once for sixteen keys. Before
+      // that only a selection wants them: it makes the mean of its own page, and its codes if the window leaves some of it out.
       const int64_t page = (total - 1) / kPageTokens;
       const bool whole = total % kPageTokens == 0, averages = !sparse_.adamas && (selection || whole);
       const bool encodes = !sparse_.adamas && (whole || (selection && selection->recent() > page * kPageTokens));
